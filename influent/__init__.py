@@ -1,0 +1,1 @@
+"""influent: which training data made the model do that."""
