@@ -1,0 +1,149 @@
+"""One set of named tensors as safetensors bytes: written deterministically, read without a copy.
+
+The bytes are plain safetensors, which any reader of that format reads; they are laid out here rather than by the
+library because equal tensors must give equal bytes under every version of it. Hashes are `artifact.py`'s work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from .errors import CorruptError
+from .storage import Store
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {  # safetensors name -> (torch name, bytes per element)
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+}
+NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+ALIGN = 8  # what safetensors asks of the header's length, and what a view of a mapped float64 needs
+MAX_HEADER = 100_000_000  # as in safetensors: a wild length must not become a wild allocation
+
+
+def encode(tensors: Mapping[str, torch.Tensor]) -> list[memoryview | bytes]:
+    """The parts of a safetensors file in order: header, then every tensor's little-endian bytes without holes."""
+    import torch
+
+    # The widest elements first, so that each tensor starts at a multiple of its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    parts: list[memoryview | bytes] = []
+    end = 0
+    for name in order:
+        tensor = tensors[name].detach().cpu().contiguous()
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        dtype = NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + data.nbytes]}
+        end += data.nbytes
+        parts.append(data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGN)
+    return [len(text).to_bytes(8, "little") + text, *parts]
+
+
+class Payload(Mapping[str, "torch.Tensor"]):
+    """The tensors of one object, by name. A local file is mapped once and each tensor is a view of the mapping, which
+    ends with the last of them and holds no file handle; from a remote store each tensor is fetched by its byte range.
+    A write into a returned tensor never reaches the file.
+
+    Raises CorruptError, naming the object, for a size other than `size` bytes or a header that breaks the format.
+    """
+
+    def __init__(self, store: Store, name: str, size: int):
+        self.store, self.name = store, name
+        if (got := store.size(name)) != size:
+            raise CorruptError(f"{store}/{name}: expected {size} bytes, got {got}; `influent verify` lists all damage")
+        self._start, self._entries = _read_header(store, name, size)
+        self._mapped: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """(dtype such as "float32", shape) of a tensor, from the header alone; None when there is no such tensor."""
+        entry = self._entries.get(name)
+        return entry and (DTYPES[entry["dtype"]][0], tuple(entry["shape"]))
+
+    def read(self, name: str) -> bytes:
+        """A copy of one tensor's raw bytes."""
+        lo, hi = self._entries[name]["data_offsets"]
+        return self.store.get_range(self.name, self._start + lo, self._start + hi)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        entry = self._entries[name]
+        dtype = getattr(torch, DTYPES[entry["dtype"]][0])
+        lo, hi = entry["data_offsets"]
+        if lo == hi:
+            return torch.empty(entry["shape"], dtype=dtype)
+        if (path := self.store.local(self.name)) is None:
+            return torch.frombuffer(bytearray(self.read(name)), dtype=dtype).view(entry["shape"])
+        if self._mapped is None:
+            # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
+            size = self._start + max(e["data_offsets"][1] for e in self._entries.values())
+            self._mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return self._mapped[self._start + lo : self._start + hi].view(dtype).view(entry["shape"])
+
+
+def _read_header(store: Store, name: str, size: int) -> tuple[int, dict[str, Any]]:
+    """(offset of the data, entries); CorruptError unless the entries tile the data exactly and are aligned."""
+
+    def bad(why: str) -> CorruptError:
+        return CorruptError(f"{store}/{name}: not a valid payload: {why}; `influent verify` lists all damage")
+
+    if size < 8:
+        raise bad(f"{size} bytes are too few")
+    length = int.from_bytes(store.get_range(name, 0, 8), "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise bad(f"a header of {length} bytes in a file of {size}")
+    start = 8 + length
+    try:
+        entries = json.loads(store.get_range(name, 8, start), object_pairs_hook=_no_repeats)
+        if not isinstance(entries, dict):
+            raise ValueError(f"the header is a {type(entries).__name__}, not an object")
+        entries.pop("__metadata__", None)
+        end = 0
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            end = _check_entry(key, entry, start, end)
+    except (ValueError, KeyError, TypeError) as e:
+        raise bad(f"{type(e).__name__}: {e}") from e
+    if start + end != size:
+        raise bad(f"its tensors end at byte {start + end} of {size}")
+    return start, entries
+
+
+def _check_entry(key: str, entry: dict[str, Any], start: int, end: int) -> int:
+    """The end of a tensor that must begin at `end`; ValueError otherwise."""
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{key}: unknown dtype {entry['dtype']!r}")
+    width = DTYPES[entry["dtype"]][1]
+    shape, (lo, hi) = entry["shape"], entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, lo, hi)):
+        raise ValueError(f"{key}: shape {shape} and offsets {[lo, hi]} must be whole numbers")
+    if lo != end or hi - lo != width * prod(shape):
+        raise ValueError(f"{key}: offsets {[lo, hi]}, expected {[end, end + width * prod(shape)]} for shape {shape}")
+    if (start + lo) % width:
+        raise ValueError(f"{key}: begins at byte {start + lo}, not at a multiple of {width}")
+    return hi
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
