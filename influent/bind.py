@@ -1,0 +1,131 @@
+"""A compressor bound to one block: which map stands on which side, and how the two sides are joined.
+
+`enter` and `leave` map the two sides as the hooks see them; `join` forms the compressed row. Nothing of the size of
+the layer's weight is formed unless a stage on the flat gradient needs it. Not here: the grammar (compress.py), the
+maps (maps.py), the hooks (extract.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influent.compress import Compress, Stage
+from influent.gradients import Flat, Grad, Outer, Side
+from influent.layers import Block
+from influent.maps import DENSE_LIMIT, SJLT, Map, Mask, draw
+from influent.rng import Stream
+
+# Gathering k entries position by position beats forming the p-entry gradient by a matrix product from about here on:
+# a gathered product costs some 64 times a product inside a matrix multiplication.
+GATHER_RATIO = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The maps of one block. `inner` acts on the input side, `outer` on the output side, `flat` on what they leave."""
+
+    block: Block
+    inner: tuple[Map, ...]
+    outer: tuple[Map, ...]
+    flat: tuple[Map, ...]
+
+    @property
+    def in_width(self) -> int:
+        return self.inner[-1].k if self.inner else self.block.in_width
+
+    @property
+    def out_width(self) -> int:
+        return self.outer[-1].k if self.outer else self.block.out_width
+
+    @property
+    def width(self) -> int:
+        """K, the width of the block's rows."""
+        return self.flat[-1].k if self.flat else self.in_width * self.out_width
+
+    @property
+    def scale(self) -> float:
+        """The constant that makes the whole chain unbiased; `join` applies it once."""
+        return math.prod(m.scale for m in (*self.inner, *self.outer, *self.flat))
+
+    def map_in(self, x: Side, *, bias: bool = False) -> Side:
+        """The input side through its maps; `bias` appends the ones column first."""
+        return _through(self.inner, x, bias)
+
+    def map_out(self, x: Side) -> Side:
+        """The output side through its maps."""
+        return _through(self.outer, x, False)
+
+    def join(self, grad: Grad) -> Float[Tensor, "B K"]:
+        """Rows from mapped sides (`Outer`) or from a vector block's gradient (`Flat`), scaled."""
+        if isinstance(grad, Flat):
+            row, rest = _wide(grad.g), self.flat
+        else:
+            row, rest = self._first(Outer(_wide(grad.a), _wide(grad.d), grad.in_width, grad.out_width))
+        for m in rest:
+            row = m.raw(row)
+        return row * self.scale
+
+    def _first(self, grad: Outer) -> tuple[Tensor, tuple[Map, ...]]:
+        """The flat vector after as many flat stages as can be had without forming the gradient, and the other stages."""
+        size = grad.in_width * grad.out_width
+        match self.flat[:1]:
+            case (Mask() as mask,) if size >= GATHER_RATIO * mask.k:
+                rows, columns = mask.kept // grad.out_width, mask.kept % grad.out_width
+                return grad.at(rows, columns), self.flat[1:]
+            case (SJLT() as sjlt,) if not grad.d.is_floating_point():
+                index = torch.arange(grad.in_width, device=grad.d.device) * grad.out_width + grad.d.long().unsqueeze(-1)
+                return sjlt.sparse(index.flatten(1), grad.a.flatten(1)), self.flat[1:]
+            case (first,) if len(grad.a) > 1 and len(grad.a) * size > DENSE_LIMIT:
+                each = [Outer(grad.a[i : i + 1], grad.d[i : i + 1], grad.in_width, grad.out_width) for i in range(len(grad.a))]
+                return torch.cat([first.raw(one.flat()) for one in each]), self.flat[1:]
+        return grad.flat(), self.flat
+
+    def to(self, device: torch.device) -> "Bound":
+        """The same maps with their tables on `device`."""
+        sides = (tuple(m.to(device) for m in maps) for maps in (self.inner, self.outer, self.flat))
+        return Bound(self.block, *sides)
+
+
+def bind(compress: Compress, block: Block, seed: int) -> Bound:
+    """Draw the maps of `compress` for `block`: a pure function of the three."""
+    inner: list[Map] = []
+    outer: list[Map] = []
+    flat: list[Map] = []
+    p_in, p_out, p = block.in_width, block.out_width, block.width
+    for number, stage in enumerate(compress.stages):
+        if stage.out is not None and not block.is_vector:
+            inner.append(_draw(stage, p_in, stage.size, seed, block, f"in/{number}"))
+            outer.append(_draw(stage, p_out, stage.out, seed, block, f"out/{number}"))
+            p_in, p_out = inner[-1].k, outer[-1].k
+            p = p_in * p_out
+        else:
+            flat.append(_draw(stage, p, stage.size * (stage.out or 1), seed, block, f"flat/{number}"))
+            p = flat[-1].k
+    return Bound(block, tuple(inner), tuple(outer), tuple(flat))
+
+
+def _draw(stage: Stage, p: int, k: int, seed: int, block: Block, side: str) -> Map:
+    stream = Stream(seed, block.name, stage.kind, side)
+    return draw(stage.kind, p, k, stream=stream, nonzeros=stage.nonzeros, law=stage.law)
+
+
+def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:
+    if not maps:
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if bias else x
+    first, rest = maps[0], maps[1:]
+    if not x.is_floating_point():
+        x = first.onehot(x)
+    elif isinstance(first, Mask):  # a mask only copies: it keeps a 16-bit side in 16 bits until the join
+        x = first.affine(x) if bias else first.raw(x)
+    else:
+        x = first.affine(_wide(x)) if bias else first.raw(_wide(x))
+    for m in rest:
+        x = m.raw(x)
+    return x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

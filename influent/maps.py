@@ -1,0 +1,355 @@
+"""The linear maps on the last axis: Identity, Mask, Gauss, Rademacher, SJLT, FJLT.
+
+Each map is a pure function of (kind, p, k, seed, block, side), is unbiased for inner products, and equals its dense
+matrix `M` [p, k] applied to the right: `map(x) = x @ M`. `raw` leaves out the constant `scale`, so that a chain of
+maps multiplies once, at its end. Inputs below float32 are computed in float32. Draws come from rng.py, on the CPU.
+Not here: which map goes where (bind.py) and the grammar (compress.py).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influent.errors import SpecError
+from influent.rng import Stream
+
+# A dense matrix larger than this is drawn again block by block at each use, instead of being kept.
+DENSE_LIMIT = 2**26
+
+
+class Map(Protocol):
+    """A linear map R^p -> R^k on the last axis; `map(x) == map.scale * map.raw(x)`."""
+
+    @property
+    def p(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    def raw(self, x: Float[Tensor, "*n p"]) -> Float[Tensor, "*n k"]:
+        """The map without its constant factor."""
+        ...
+
+    def __call__(self, x: Float[Tensor, "*n p"]) -> Float[Tensor, "*n k"]: ...
+    def onehot(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n k"]:
+        """`raw` of the one-hot vectors of `ids`, without forming them."""
+        ...
+
+    def affine(self, x: Float[Tensor, "*n q"]) -> Float[Tensor, "*n k"]:
+        """`raw` of [x, 1], where x has p - 1 entries: the ones column is a layer's bias."""
+        ...
+
+    def to(self, device: torch.device) -> "Map": ...
+
+
+def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: str = "balanced") -> Map:
+    """The map of `kind` from p to k entries, or the identity where k >= p.
+
+    Args:
+        stream: keyed by (seed, block, kind, side).
+        nonzeros: SJLT only: entries per column.
+        law: SJLT only: `balanced` (a permutation cut into equal bins, Li and Li, KDD 2023) or `iid` buckets.
+    """
+    if k >= p:
+        return Identity(p)
+    match kind:
+        case "mask":
+            return Mask(p, torch.from_numpy(stream.subset(p, k)))
+        case "gauss" | "rademacher":
+            return Dense(p, k, kind, stream, _matrix(kind, p, k, stream) if p * k <= DENSE_LIMIT else None)
+        case "sjlt":
+            return SJLT(p, k, tuple(_hash(p, k, stream, law, r) for r in range(nonzeros)))
+        case "fjlt":
+            width = 1 << (p - 1).bit_length()
+            rows = torch.from_numpy(stream.subset(width, k))
+            sign_stream = Stream(stream.seed, stream.block, "fjlt-signs", stream.side)
+            return FJLT(p, rows, torch.from_numpy(sign_stream.signs(p)).float())
+    raise SpecError(f"map kind {kind!r} is not known")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+class _Linear:
+    """What every map shares: the constant factor, and the ones column appended by default."""
+
+    scale: float
+
+    def raw(self, x: Tensor) -> Tensor:
+        raise AssertionError("every map defines raw")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.raw(_wide(x)) * self.scale
+
+    def affine(self, x: Tensor) -> Tensor:
+        return self.raw(_with_one(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(_Linear):
+    """The map that changes nothing (k = p)."""
+
+    p: int
+    scale: float = 1.0
+
+    @property
+    def k(self) -> int:
+        return self.p
+
+    def raw(self, x: Tensor) -> Tensor:
+        return x
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids.long(), self.p).float()
+
+    def to(self, device: torch.device) -> "Identity":
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(_Linear):
+    """Keep k coordinates, chosen uniformly without replacement, scaled by sqrt(p / k)."""
+
+    p: int
+    kept: Int[Tensor, " k"]  # ascending
+
+    @property
+    def k(self) -> int:
+        return len(self.kept)
+
+    @property
+    def scale(self) -> float:
+        return math.sqrt(self.p / self.k)
+
+    def raw(self, x: Tensor) -> Tensor:
+        # On a matrix, index_select copies entry by entry; on more axes PyTorch's CPU kernel is five times slower.
+        return x.reshape(-1, x.shape[-1]).index_select(1, self.kept).view(*x.shape[:-1], self.k)
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        return (ids.unsqueeze(-1) == self.kept).float()
+
+    def affine(self, x: Tensor) -> Tensor:
+        if int(self.kept[-1]) < self.p - 1:
+            return self.raw(x)
+        return _with_one(Mask(self.p - 1, self.kept[:-1]).raw(x))
+
+    def to(self, device: torch.device) -> "Mask":
+        return Mask(self.p, self.kept.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(_Linear):
+    """Independent standard normal (`gauss`) or sign (`rademacher`) entries, scaled by 1 / sqrt(k)."""
+
+    p: int
+    k: int
+    kind: str
+    stream: Stream
+    matrix: Float[Tensor, "p k"] | None  # None: too large to keep, drawn again by blocks of rows
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.k)
+
+    def raw(self, x: Tensor) -> Tensor:
+        if self.matrix is not None:
+            return x @ self.matrix.to(x.dtype)
+        out = x.new_zeros(*x.shape[:-1], self.k)
+        step = max(1, DENSE_LIMIT // self.k)
+        for at in range(0, self.p, step):
+            rows = _matrix(self.kind, min(step, self.p - at), self.k, self.stream, row=at)
+            out += x[..., at : at + step] @ rows.to(x.device, x.dtype)
+        return out
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        if self.matrix is not None:
+            return self.matrix[ids.long()]
+        unique, where = ids.reshape(-1).unique(return_inverse=True)
+        rows = torch.cat([_matrix(self.kind, 1, self.k, self.stream, row=int(i)) for i in unique])
+        return rows.to(ids.device)[where].view(*ids.shape, self.k)
+
+    def affine(self, x: Tensor) -> Tensor:
+        if self.matrix is None:
+            return self.raw(_with_one(x))
+        matrix = self.matrix.to(x.dtype)
+        return x @ matrix[:-1] + matrix[-1]
+
+    def to(self, device: torch.device) -> "Dense":
+        matrix = None if self.matrix is None else self.matrix.to(device)
+        return Dense(self.p, self.k, self.kind, self.stream, matrix)
+
+
+def _matrix(kind: str, rows: int, k: int, stream: Stream, *, row: int = 0) -> Tensor:
+    """Rows `row` .. `row + rows` of the unscaled matrix, float32 [rows, k]."""
+    drawn = (stream.normals if kind == "gauss" else stream.signs)(rows * k, at=row * k)
+    return torch.from_numpy(drawn).float().view(rows, k)
+
+
+@dataclass(frozen=True, eq=False)
+class Hash:
+    """One non-zero per coordinate: its bucket and sign, and the coordinates laid out level by level.
+
+    Level r lists the r-th coordinate of every bucket that has more than r, buckets ordered by falling count, so that
+    the sum over buckets is one gather and a few whole-vector additions: no atomics, the same on every device.
+    """
+
+    bucket: Int[Tensor, " p"]
+    sign: Float[Tensor, " p"]
+    order: Int[Tensor, " m"]  # coordinates, level after level
+    order_sign: Float[Tensor, " m"]  # 0 where a level was padded to full width
+    levels: tuple[int, ...]  # the width of each level, never increasing
+    place: Int[Tensor, " k"] | None  # where bucket j stands in a level; None: at j
+
+    def to(self, device: torch.device) -> "Hash":
+        place = None if self.place is None else self.place.to(device)
+        tensors = (t.to(device) for t in (self.bucket, self.sign, self.order, self.order_sign))
+        return Hash(*tensors, self.levels, place)
+
+    def sum(self, x: Float[Tensor, "n p"]) -> Float[Tensor, "n k"]:
+        """Bucket sums of the signed entries of each row."""
+        gathered = x.index_select(1, self.order).mul_(self.order_sign.to(x.dtype))
+        if self.place is None:
+            return gathered.view(len(x), len(self.levels), -1).sum(1)
+        parts = gathered.split(self.levels, dim=1)
+        out = parts[0].clone()
+        for part in parts[1:]:
+            out[:, : part.shape[1]] += part
+        return torch.nn.functional.pad(out, (0, len(self.place) - out.shape[1])).index_select(1, self.place)
+
+
+def _hash(p: int, k: int, stream: Stream, law: str, copy: int) -> Hash:
+    keyed = Stream(stream.seed, stream.block, f"sjlt-{law}", f"{stream.side}/{copy}")
+    sign = torch.from_numpy(Stream(stream.seed, stream.block, "sjlt-signs", keyed.side).signs(p)).float()
+    if law == "balanced":
+        order = torch.from_numpy(keyed.permutation(p))
+        levels = -(-p // k)
+        bucket = torch.empty(p, dtype=torch.int64)
+        bucket[order] = torch.arange(p) % k
+        padding = order.new_zeros(levels * k - p)
+        order_sign = torch.cat([sign[order], torch.zeros(len(padding))])
+        return Hash(bucket, sign, torch.cat([order, padding]), order_sign, (k,) * levels, None)
+    bucket = torch.from_numpy(keyed.buckets(p, k))
+    counts = torch.bincount(bucket, minlength=k)
+    falling = torch.argsort(counts, descending=True, stable=True)
+    place = torch.empty(k, dtype=torch.int64)
+    place[falling] = torch.arange(k)
+    by_bucket = torch.argsort(bucket, stable=True)
+    starts = (counts.cumsum(0) - counts)[bucket[by_bucket]]
+    level = torch.arange(p) - starts
+    order = by_bucket[torch.argsort(level * k + place[bucket[by_bucket]], stable=True)]
+    return Hash(bucket, sign, order, sign[order], tuple(torch.bincount(level).tolist()), place)
+
+
+@dataclass(frozen=True, eq=False)
+class SJLT(_Linear):
+    """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j], summed over `s` independent hashes, scaled 1 / sqrt(s)."""
+
+    p: int
+    k: int
+    hashes: tuple[Hash, ...]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(len(self.hashes))
+
+    def raw(self, x: Tensor) -> Tensor:
+        if x.is_sparse:
+            return self._raw_coo(x)
+        rows = x.reshape(-1, self.p)
+        out = self.hashes[0].sum(rows)
+        for h in self.hashes[1:]:
+            out += h.sum(rows)
+        return out.view(*x.shape[:-1], self.k)
+
+    def sparse(self, index: Int[Tensor, "n m"], value: Float[Tensor, "n m"]) -> Float[Tensor, "n k"]:
+        """`raw` of vectors given by entries: value[i, j] stands at coordinate index[i, j]. Costs m, not p, a row."""
+        out = value.new_zeros(len(value) * self.k)
+        offset = torch.arange(len(value), device=value.device).unsqueeze(1) * self.k
+        for h in self.hashes:
+            at = h.bucket[index] + offset
+            # index_put_ sorts on accelerators and runs in order on the CPU: deterministic on both, unlike scatter_add_.
+            out.index_put_((at.view(-1),), (value * h.sign[index].to(value.dtype)).view(-1), accumulate=True)
+        return out.view(-1, self.k)
+
+    def _raw_coo(self, x: Tensor) -> Tensor:
+        x = x.coalesce()
+        row, column = x.indices()
+        out = x.values().new_zeros(x.shape[0] * self.k)
+        for h in self.hashes:
+            at = row * self.k + h.bucket[column]
+            out.index_put_((at,), x.values() * h.sign[column].to(x.dtype), accumulate=True)
+        return out.view(x.shape[0], self.k)
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        out = torch.zeros(*ids.shape, self.k, device=ids.device)
+        for h in self.hashes:
+            out.scatter_add_(-1, h.bucket[ids.long()].unsqueeze(-1), h.sign[ids.long()].unsqueeze(-1))
+        return out
+
+    def to(self, device: torch.device) -> "SJLT":
+        return SJLT(self.p, self.k, tuple(h.to(device) for h in self.hashes))
+
+
+@dataclass(frozen=True, eq=False)
+class FJLT(_Linear):
+    """Sign flips, a Walsh-Hadamard transform of width 2^ceil(log2 p), and k of its outputs, scaled by 1 / sqrt(k)."""
+
+    p: int
+    rows: Int[Tensor, " k"]
+    signs: Float[Tensor, " p"]
+
+    @property
+    def k(self) -> int:
+        return len(self.rows)
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.k)
+
+    def raw(self, x: Tensor) -> Tensor:
+        width = 1 << (self.p - 1).bit_length()
+        rows = torch.nn.functional.pad(x.reshape(-1, self.p) * self.signs.to(x.dtype), (0, width - self.p))
+        return hadamard(rows).index_select(1, self.rows).view(*x.shape[:-1], self.k)
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        shared = ids.long().unsqueeze(-1) & self.rows
+        for shift in (32, 16, 8, 4, 2, 1):
+            shared = shared ^ (shared >> shift)
+        return self.signs[ids.long()].unsqueeze(-1) * (1 - 2 * (shared & 1)).float()
+
+    def to(self, device: torch.device) -> "FJLT":
+        return FJLT(self.p, self.rows.to(device), self.signs.to(device))
+
+
+def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+    """The unnormalised Walsh-Hadamard transform of each row; `width` is a power of two.
+
+    Up to seven of its log2(width) factors are taken at once as one small matrix product, which runs at BLAS speed.
+    """
+    n, width = x.shape
+    left = width.bit_length() - 1
+    inner = 1
+    while left:
+        bits = min(left, 7)
+        size = 1 << bits
+        matrix = _sylvester(bits).to(x.device, x.dtype)
+        x = (matrix @ x.reshape(-1, size, inner)).reshape(n, width)
+        inner *= size
+        left -= bits
+    return x
+
+
+def _sylvester(bits: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    for _ in range(bits):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

@@ -1,0 +1,188 @@
+"""Tasks: what a training example's loss is, and what a query asks about.
+
+`Task` is the only thing that the user of a model of their own must write: two functions from a batch to one scalar an
+example. `Encodes` is the optional capability of tasks whose examples are records (texts) and must become tensors;
+without it an example is whatever the data set yields, collated by PyTorch. Losses are summed over an example's target
+tokens, so that a row does not depend on its batch. Not here: reading records (catalog.py), batching (collect.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from influent.errors import DataError, SpecError
+
+
+class Task(Protocol):
+    """One scalar per example. Larger scores mean that an example pushed `measure` down."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        """The training loss of each example."""
+        ...
+
+    def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        """What a query asks about: usually the loss of the query."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One model input. A document longer than the context is several parts, whose gradients add up to one row."""
+
+    inputs: Any
+    length: int
+    targets: int
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """The capability of a task to turn records into parts and parts into a batch."""
+
+    def parts(self, example: Mapping[str, Any]) -> list[Part]: ...
+    def collate(self, parts: Sequence[Part]) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B])."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        inputs, labels = batch
+        return functional.cross_entropy(model(inputs), labels, reduction="none")
+
+    def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        return self.loss(model, batch)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token cross-entropy of a Hugging Face causal language model.
+
+    A record is `{"text"}` (every token but the first is a target), `{"prompt", "completion"}` (the completion's tokens
+    are) or `{"messages"}` (the assistant's tokens are, under the tokenizer's chat template).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        max_length: the context in tokens. Longer documents are split; neighbouring parts share one token, so that every
+            token but the document's first is a target exactly once.
+        reduction: `sum` over an example's target tokens, or their `mean`.
+    """
+
+    tokenizer: Any = field(repr=False)
+    max_length: int = 512
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise SpecError(f"max_length is {self.max_length}, expected at least 2 tokens: one to read, one to predict")
+        if self.reduction not in ("sum", "mean"):
+            raise SpecError(f"reduction is {self.reduction!r}, expected 'sum' or 'mean'")
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the task in an index's digest: the tokenizer by its behaviour, not by its path."""
+        probe = "Attribution 0123 — naïve\n\tdef f(x): return x"
+        return {
+            "kind": "causal-lm",
+            "max_length": self.max_length,
+            "reduction": self.reduction,
+            "tokenizer": {"size": len(self.tokenizer), "probe": list(self.tokenizer(probe)["input_ids"])},
+            "chat_template": getattr(self.tokenizer, "chat_template", None),
+        }
+
+    def parts(self, example: Mapping[str, Any]) -> list[Part]:
+        """Parts of a record that have at least one target token; none for a text of one token."""
+        ids, targets = self._tokens(example)
+        total = sum(targets[1:])
+        out = []
+        for start in range(0, max(len(ids) - 1, 1), self.max_length - 1):
+            piece, wanted = ids[start : start + self.max_length], targets[start : start + self.max_length]
+            count = sum(wanted[1:])  # a part's first token has nothing before it, or was a target of the part before
+            if count:
+                weight = 1.0 if self.reduction == "sum" else 1.0 / total
+                out.append(Part((piece, [False, *wanted[1:]], weight), len(piece), count))
+        return out
+
+    def _tokens(self, example: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        if "text" in example:
+            ids = list(self.tokenizer(example["text"])["input_ids"])
+            return ids, [True] * len(ids)
+        if "messages" in example:
+            spans = self._chat(example["messages"])
+            first: list[int] = []
+        else:
+            spans = [(example["completion"], True)]
+            first = self._opening(example["prompt"])
+        ids, targets = list(first), [False] * len(first)
+        for text, wanted in spans:
+            more = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids.extend(more)
+            targets.extend([wanted] * len(more))
+        return ids, targets
+
+    def _opening(self, prompt: str) -> list[int]:
+        """A prompt's tokens with the tokenizer's own opening tokens, without a closing one."""
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token or "\0") else ids
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, bool]]:
+        """The templated conversation in spans of text, with True where the assistant speaks."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise DataError("records have `messages` but the tokenizer has no chat template; use prompt and completion")
+        spans, done = [], ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._template(messages[:i], opening=True)
+            after = self._template(messages[: i + 1], opening=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise DataError("the chat template rewrites earlier messages, so that targets cannot be told; use prompt and completion")
+            spans += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        return [(text, wanted) for text, wanted in spans if text]
+
+    def _template(self, messages: Sequence[Mapping[str, str]], *, opening: bool) -> str:
+        if not messages:
+            return ""
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+
+    def collate(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """Right-padded ids [B, T], labels [B, T] (-100 where not a target) and weights [B].
+
+        No attention mask is made: under causal attention nothing that is scored can see the padding to its right.
+        """
+        longest = max(part.length for part in parts)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.full((len(parts), longest), pad)
+        labels = torch.full((len(parts), longest), -100)
+        for row, part in enumerate(parts):
+            piece, wanted, _ = part.inputs
+            ids[row, : len(piece)] = torch.tensor(piece)
+            labels[row, : len(piece)] = torch.where(torch.tensor(wanted), ids[row, : len(piece)], -100)
+        return {"input_ids": ids, "labels": labels, "weight": torch.tensor([part.inputs[2] for part in parts])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """Cross-entropy summed over each row's target tokens (times its weight)."""
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        wanted = labels != -100
+        rows = wanted.nonzero()[:, 0]
+        each = functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
+        return each.new_zeros(len(labels)).index_add(0, rows, each) * batch["weight"].to(each.device)
+
+    def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """The query's own loss: a positive score means that training on the example lowered it."""
+        return self.loss(model, batch)
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """The task's part of an index's digest: its own description, or the name of its class."""
+    if isinstance(task, Encodes):
+        return task.describe()
+    return {"kind": f"{type(task).__module__}.{type(task).__qualname__}"}
