@@ -115,7 +115,7 @@ class ArtifactWriter:
                 raise MismatchError(_difference(store, head["spec"], json.loads(canonical_json(spec))))
             return cls(store, spec, head["notes"], kind=kind)
         if store.exists("manifest.json"):
-            raise CorruptError(f"{store}/spec.json: missing beside a manifest.json; choose another directory")
+            raise CorruptError(f"{store}/spec.json: missing, but there is a manifest.json; {_redo('spec.json')}")
         notes = notes or {}
         head = {**_version(kind), "spec": spec, "digest": digest(spec), "notes": notes}
         store.put("spec.json", canonical_json(head))
@@ -201,14 +201,16 @@ class Artifact:
         manifest = _read_json(store, "manifest.json")
         _check_version(store, "manifest.json", manifest, kind)
         if manifest.get("digest") != digest({key: value for key, value in manifest.items() if key != "digest"}):
-            raise CorruptError(f"{store}/manifest.json: its digest does not match its content; {REDO}")
+            raise CorruptError(
+                f"{store}/manifest.json: its digest does not match its content; {_redo('manifest.json')}"
+            )
         head = _read_spec(store, kind)
         if head["digest"] != manifest.get("spec"):
             raise CorruptError(f"{store}/spec.json: its digest is not the manifest's: the two do not belong together")
         try:
             return cls(store, head, manifest)
         except (KeyError, TypeError, ValueError) as e:
-            raise CorruptError(f"{store}/manifest.json: {type(e).__name__}: {e}; {REDO}") from e
+            raise CorruptError(f"{store}/manifest.json: {type(e).__name__}: {e}; {_redo('manifest.json')}") from e
 
     def tensors(self, name: str) -> Payload:
         """The tensors of one shard: views of one memory mapping from a local store, fetched one by one from a remote
@@ -258,11 +260,10 @@ def kind_of(store: Store) -> str:
     return str(_read_json(store, "manifest.json").get("kind"))
 
 
-REDO = "delete it and run the same command again to restore it"
-
-
 def _redo(name: str) -> str:
-    return f"delete this file and manifest.json, then run the same command again to restore {name}"
+    """What mends any damage: intact shards are kept, because each carries its spec's digest and its own hash."""
+    both = "manifest.json" if name == "manifest.json" else f"{name} and manifest.json"
+    return f"delete {both} there, then run the same command again to restore it"
 
 
 def _stem(name: str) -> str:
@@ -280,10 +281,11 @@ def _version(kind: str) -> dict[str, Any]:
 def _read_json(store: Store, name: str) -> dict[str, Any]:
     try:
         obj = json.loads(store.get(name))
-    except ValueError as e:  # not UTF-8 or not JSON
-        raise CorruptError(f"{store}/{name}: not readable as JSON: {e}; {REDO}") from e
+        canonical_json(obj)  # NaN and broken text have no digest
+    except (ValueError, RecursionError) as e:
+        raise CorruptError(f"{store}/{name}: not readable as JSON: {e}; {_redo(name)}") from e
     if not isinstance(obj, dict):
-        raise CorruptError(f"{store}/{name}: expected a JSON object, got {type(obj).__name__}; {REDO}")
+        raise CorruptError(f"{store}/{name}: expected a JSON object, got {type(obj).__name__}; {_redo(name)}")
     return obj
 
 
@@ -293,9 +295,10 @@ def _read_spec(store: Store, kind: str) -> dict[str, Any]:
     _check_version(store, "spec.json", head, kind)
     for field in ("spec", "notes"):
         if not isinstance(head.get(field), dict):
-            raise CorruptError(f"{store}/spec.json: expected an object {field!r}, got {head.get(field)!r}")
+            got = type(head.get(field)).__name__
+            raise CorruptError(f"{store}/spec.json: expected an object {field!r}, got {got}; {_redo('spec.json')}")
     if head.get("digest") != digest(head["spec"]):
-        raise CorruptError(f"{store}/spec.json: its digest does not match its spec: the file was changed")
+        raise CorruptError(f"{store}/spec.json: its digest does not match its spec; {_redo('spec.json')}")
     return head
 
 

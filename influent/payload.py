@@ -121,7 +121,7 @@ def _read_header(store: Store, name: str, size: int) -> tuple[int, dict[str, Any
         end = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             end = _check_entry(key, entry, start, end)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise bad(f"{type(e).__name__}: {e}") from e
     if start + end != size:
         raise bad(f"its tensors end at byte {start + end} of {size}")
