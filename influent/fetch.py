@@ -270,22 +270,25 @@ def _convert_gguf(path: Path, target: Path) -> None:
 def _llama_config(fields: dict[str, Any]) -> LlamaConfig:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=fields["llama.vocab_size"],
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=fields["llama.attention.head_count"],
-        num_key_value_heads=fields["llama.attention.head_count_kv"],
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=fields["llama.rope.freq_base"],
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        dtype="float32",
+    # As a dict: its name for the rotary base is read by every release, unlike the constructor's.
+    return LlamaConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": fields["llama.vocab_size"],
+            "hidden_size": fields["llama.embedding_length"],
+            "intermediate_size": fields["llama.feed_forward_length"],
+            "num_hidden_layers": fields["llama.block_count"],
+            "num_attention_heads": fields["llama.attention.head_count"],
+            "num_key_value_heads": fields["llama.attention.head_count_kv"],
+            "max_position_embeddings": fields["llama.context_length"],
+            "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+            "rope_theta": fields["llama.rope.freq_base"],
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+            "dtype": "float32",
+        }
     )
 
 
