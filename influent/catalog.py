@@ -15,21 +15,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import struct
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from influent.errors import CorruptError, DataError, FormatError, MismatchError, SpecError
+from influent.progress import Progress
 from influent.records import Example, content_hash, display_text, read_examples, read_ref
-
-if TYPE_CHECKING:
-    from influent.progress import Progress
-    from influent.storage import Store
+from influent.storage import Store
 
 ROWS, RECORD, SPEC = "catalog.parquet", "catalog.json", "spec.json"
 GROUP_ROWS, GROUP_CHARS = 4096, 8 << 20  # a row group is closed at whichever comes first
@@ -71,7 +70,13 @@ def build_from_ids(
     """
     shown: Iterable[str | None] = texts if texts is not None else repeat(None)
     triples = zip(ids, hashes, shown, strict=texts is not None)
-    rows = (_Row(str(i), "memory", None, text, "", None, h, f"item {n}") for n, (i, h, text) in enumerate(triples))
+
+    def row(number: int, name: str | int, digest: str, text: str | None) -> _Row:
+        if re.fullmatch("[0-9a-f]{32}", digest) is None:
+            raise DataError(f"item {number}: expected a content hash of 32 hexadecimal digits, got {digest!r}")
+        return _Row(str(name), "memory", None, text, "", None, digest, f"item {number}")
+
+    rows = (row(number, *triple) for number, triple in enumerate(triples))
     return _write(rows, store, _Skips(), "text", None)
 
 
@@ -310,7 +315,10 @@ def _write_rows(rows: Iterator[_Row], path: Path, progress: Progress | None) -> 
     try:
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for row in rows:
-                fields = asdict(row) | {"row": digest.rows, "id": row.id or str(digest.rows)}
+                fields = {name: getattr(row, name) for name in strings} | {
+                    "row": digest.rows,
+                    "id": row.id or str(digest.rows),
+                }
                 digest.add(row.hash, fields["id"])
                 id_hashes += hashlib.blake2b(fields["id"].encode(), digest_size=16).digest()
                 group.append(fields)
