@@ -292,7 +292,7 @@ def test_absent_and_damaged_catalogs(tmp_path: Path) -> None:
     payload, record = store.get("catalog.parquet"), store.get("catalog.json")
     flipped = bytearray(payload)
     flipped[len(payload) // 2] ^= 1
-    store.put("catalog.parquet", flipped)
+    store.put("catalog.parquet", bytes(flipped))
     assert "catalog.parquet: expected blake2b-256:" in Catalog.open(store).verify()[0]
     store.put("catalog.parquet", payload[:-9])
     assert "bytes, got" in Catalog.open(store).verify()[0]
