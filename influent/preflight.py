@@ -1,0 +1,266 @@
+"""What can be refused before torch is imported: wrong paths, options, directories, and models that do not fit.
+
+Does: answer a mistake on the command line in well under a second. Does not: replace the checks of the modules that do
+the work; whatever needs the loaded model is left to them. Every function returns what it checked, or raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from influent.compress import Compress
+from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
+from influent.index import Index
+from influent.records import files_of, is_hub_name, read_examples
+from influent.storage import UNFINISHED, Store
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+FLOATS = ("float32", "float16", "bfloat16")
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# A checkpoint whose names begin so carries the full names of the modules; others lack a prefix that only loading adds.
+FULL_NAMES = ("model.", "transformer.", "gpt_neox.", "language_model.")
+
+
+def choice(option: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` if it is one of `allowed`; SpecError otherwise."""
+    if value not in allowed:
+        raise SpecError(f"{option}: expected {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
+    return value
+
+
+def rows(text: str) -> str:
+    """The row dtype that `--rows` means: `float32`, `bf16`, `dense`, `dense:bfloat16`, …"""
+    structure, _, bits = text.rpartition(":")
+    name = "float32" if text == "dense" else SHORT.get(bits, bits)
+    if structure not in ("", "dense") or name not in FLOATS:
+        raise SpecError(f"--rows: expected dense or dense:BITS with BITS {', '.join((*FLOATS, *SHORT))}, got {text!r}")
+    return name
+
+
+def compressor(text: str | None) -> str | None:
+    """The canonical text of a compressor; SpecError when it does not parse."""
+    return None if text is None else str(Compress.parse(text))
+
+
+def damping(text: str | None) -> str | None:
+    """A damping's text; SpecError unless it is `relative:NUMBER` or `absolute:NUMBER` with a number of 0 or more."""
+    if text is None:
+        return None
+    unit, _, number = text.partition(":")
+    try:
+        fine = unit.strip() in ("relative", "absolute") and isfinite(float(number)) and float(number) >= 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise SpecError(f"--damping: expected relative:NUMBER or absolute:NUMBER, 0 or more, got {text!r}")
+    return text
+
+
+def pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    """A compiled regular expression; SpecError saying where it breaks."""
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as e:
+        raise SpecError(f"{option}: {text!r} is not a regular expression: {e}") from e
+
+
+def data(path: str) -> str:
+    """DATA, when it exists or can only be a hub name; DataError otherwise."""
+    if not is_hub_name(path):
+        files_of(path)
+    return path
+
+
+def queries(option: str, path: str | None) -> str | None:
+    """A file of queries, read through once; DataError names the file and line."""
+    if path is None:
+        return None
+    data(path)
+    if not is_hub_name(path) and all(example.skip is not None for example in read_examples(path)):
+        raise DataError(f"{path}: {option} needs at least one record with a target, got none")
+    return path
+
+
+def output(option: str, path: str | None, suffixes: Sequence[str]) -> str | None:
+    """A file to write: its folder must exist and its name end in one of `suffixes`; SpecError otherwise."""
+    if path is None or "://" in path:
+        return path
+    if not path.endswith(tuple(suffixes)):
+        raise SpecError(f"{option}: expected a file name ending in {' or '.join(suffixes)}, got {path!r}")
+    if not Path(path).expanduser().absolute().parent.is_dir():
+        raise SpecError(f"{option}: the folder of {path!r} does not exist; make it first")
+    return path
+
+
+def model(path: str) -> str:
+    """MODEL: a Hugging Face folder with its parts, a GGUF file, or what can only be a hub name; SpecError otherwise."""
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        if folder.suffix.lower() != ".gguf":
+            raise SpecError(
+                f"{path}: expected a Hugging Face model folder, a GGUF file or a hub name, got another file"
+            )
+        return path
+    if not folder.is_dir():
+        if is_hub_name(path):
+            return path
+        raise SpecError(f"{path}: no such model; expected a Hugging Face model folder, a GGUF file or a hub name")
+    _config(folder)
+    missing = [name for name in _weights(folder) if not (folder / name).is_file()]
+    if missing:
+        raise SpecError(f"{path}: {missing[0]} is missing; copy the whole model folder")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise SpecError(f"{path}: the tokenizer is missing; expected one of {', '.join(TOKENIZERS)} in the folder")
+    return path
+
+
+def layers(model_path: str, include: str | None, exclude: str | None) -> None:
+    """LayerError when the patterns surely match no layer, going by the names in the checkpoint; else says nothing."""
+    keep, drop = pattern("--layers", include), pattern("--exclude", exclude)
+    folder = Path(model_path).expanduser()
+    if keep is None or not folder.is_dir():
+        return
+    names = sorted({name.rpartition(".")[0] for file in _weights(folder) for name in _tensor_names(folder / file)})
+    if not any(name.startswith(FULL_NAMES) for name in names) or any("expert" in name for name in names):
+        return  # loading renames these: no sure judgement
+    # a tied head has no tensor of its own
+    matched = [name for name in (*names, "lm_head") if keep.search(name) and not (drop and drop.search(name))]
+    if not matched:
+        shown = ", ".join(names[1:4])
+        without = f" without --exclude {exclude!r}" if exclude else ""
+        raise LayerError(f"--layers {include!r}{without} matches no layer of {model_path}; its layers are {shown}, …")
+
+
+def place(path: str, wanted: dict[str, Any]) -> str:
+    """Where an index shall go: absent, empty, or begun by the same options, which `wanted` has as fields of the spec.
+
+    Raises FormatError for a directory of other things, MismatchError naming the first option that differs.
+    """
+    store = Store(path)
+    if "://" not in path and Path(path).expanduser().is_file():
+        raise FormatError(f"{path}: is a file; --out needs a directory")
+    if not store.exists("spec.json"):
+        if "://" not in path and Path(path).expanduser().is_dir():
+            _refuse_foreign(path)
+        return path
+    try:
+        head = json.loads(store.get("spec.json"))
+        kind, spec = head["kind"], head["spec"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise FormatError(f"{path}/spec.json: not readable; give another --out or delete the directory") from e
+    if kind != "index":
+        raise FormatError(f"{path}: holds {kind!r}, not an index; give another --out")
+    for field, value in _flat(wanted):
+        stored = _get(spec, field)
+        if stored != value:
+            raise MismatchError(
+                f"{path}: {field}: expected {stored!r} as the index there has, got {value!r}; give another --out"
+            )
+    return path
+
+
+def index(path: str) -> Index:
+    """A finished index; FormatError says whether the directory is absent, another thing, or unfinished."""
+    if "://" not in path and not Path(path).expanduser().is_dir():
+        raise FormatError(f"{path}: no such index; make it with `influent index MODEL DATA --out {path}`")
+    return Index.open(path)
+
+
+def same_model(opened: Index, path: str | None) -> str:
+    """The model to load for queries: `path`, or the one noted in the index.
+
+    Raises MismatchError when its config.json has other sizes than the model that the index was built with.
+    """
+    noted = opened.notes.get("model")
+    if path is None and not isinstance(noted, str):
+        raise SpecError(f"{opened.path}: the index does not say where its model is; give --model")
+    try:
+        found = model(path or str(noted))
+    except SpecError as e:
+        hint = "" if path else f"; {opened.path} was built with it: give --model"
+        raise SpecError(f"{e}{hint}") from e
+    folder = Path(found).expanduser()
+    if folder.is_dir():
+        config = _config(folder)
+        for name, value in (opened.notes.get("model_config") or {}).items():
+            if name in config and config[name] != value:
+                raise MismatchError(
+                    f"{found}: {name}: the index {opened.path} was built with {value}, this model has {config[name]}"
+                )
+    return found
+
+
+def asked(prompt: str | None, completion: str | None, file: str | None) -> None:
+    """SpecError unless the query is given in exactly one way."""
+    if file is not None and (prompt is not None or completion is not None):
+        raise SpecError("give --prompt and --completion, or --queries, not both")
+    if file is None and (prompt is None or completion is None):
+        raise SpecError("give --prompt and --completion, or --queries FILE")
+    if file is None and not (completion or "").strip():
+        raise SpecError("--completion: expected the text whose cause is asked for, got an empty one")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SpecError(f"{folder}: config.json is missing; expected a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise SpecError(f"{path}: not JSON ({e}); copy the model folder again") from e
+    if not isinstance(config, dict):
+        raise SpecError(f"{path}: expected a JSON object; copy the model folder again")
+    return config
+
+
+def _weights(folder: Path) -> list[str]:
+    listing = folder / "model.safetensors.index.json"
+    if listing.is_file():
+        try:
+            return sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise SpecError(f"{listing}: not a list of weights ({e}); copy the model folder again") from e
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not found:
+        pickled = any(folder.glob("*.bin"))
+        why = "only pickled weights (.bin), which are never loaded; convert them" if pickled else "no weights"
+        raise SpecError(f"{folder}: has {why}; expected model.safetensors")
+    return found
+
+
+def _tensor_names(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(size, 1 << 27)))
+        except (struct.error, ValueError) as e:
+            raise SpecError(f"{path}: not a safetensors file; copy the model folder again") from e
+    return (name for name in header if name != "__metadata__")
+
+
+def _refuse_foreign(path: str) -> None:
+    ours = ("catalog.parquet", "catalog.json")  # an index killed before its spec was written
+    others = sorted(p.name for p in Path(path).expanduser().iterdir() if p.name not in ours)
+    others = [name for name in others if not name.endswith(UNFINISHED)]
+    if others:
+        raise FormatError(f"{path}: not an index, and not empty: it holds {others[0]}; give another --out")
+
+
+def _flat(wanted: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _get(spec: Any, field: str) -> Any:
+    for name in field.split("."):
+        spec = spec.get(name) if isinstance(spec, dict) else None
+    return spec
