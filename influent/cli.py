@@ -1,0 +1,332 @@
+"""The command line: every verb parses, checks what can be checked at once, calls its namesake in methods.py, prints.
+
+Does: one line on stderr and exit code 2 for anything a user can mend; progress on stderr; one JSON document on stdout
+with `--json`. Does not: compute. Whatever imports torch is imported inside the verb, after the checks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from influent import preflight
+from influent.errors import InfluentError
+from influent.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Doc = Mapping[str, Any]
+# click's ClickException, wherever this release of Typer keeps click
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+METHODS = ("factgrass", "logra", "grass", "graddot")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+    rich_markup_mode=None,
+    help="Which training examples made a language model say that.",
+)
+
+IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that `influent index` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
+Damping = Annotated[
+    str | None, typer.Option(metavar="D", help="relative:NUMBER of the mean eigenvalue, or absolute:NUMBER.")
+]
+CurvatureName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")]
+TokenBudget = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
+
+
+@app.command()
+def index(
+    model: Annotated[str, typer.Argument(help="Hugging Face model folder, GGUF file, or hub name.")],
+    data: Annotated[
+        str, typer.Argument(help="JSONL, CSV, Parquet, Arrow or text file, a folder of them, or hub name.")
+    ],
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="INDEX", help="Directory to write; resumed if unfinished.")
+    ],
+    method: Annotated[str, typer.Option(metavar="NAME", help=", ".join(METHODS))] = "factgrass",
+    compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
+    rows: Annotated[str, typer.Option(metavar="CODEC", help="dense, dense:bf16, float16, …")] = "float32",
+    layers: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Layers to track. Default: the blocks' Linears.")
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="Layers to leave out.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer documents are split, their gradients summed.")] = 512,
+    token_budget: TokenBudget = 4096,
+    dtype: Annotated[str, typer.Option(help="The model's: float32, bfloat16 or float16.")] = "float32",
+    matmul: Annotated[str, typer.Option(help="Precision of float32 products: highest or medium.")] = "highest",
+    catalog: Annotated[str, typer.Option(help="Keep the text, or a reference to it: text or reference.")] = "text",
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard. Default: by size.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Index only the first so many rows.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random projections.")] = 0,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")
+    ] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Collect one compressed gradient per example.
+
+    The same command again resumes an interrupted one.
+    """
+    preflight.choice("--method", method, METHODS)
+    preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    preflight.choice("--matmul", matmul, ("highest", "medium"))
+    preflight.choice("--catalog", catalog, ("text", "reference"))
+    rows, compress = preflight.rows(rows), preflight.compressor(compress)
+    preflight.pattern("--layers", layers)
+    preflight.pattern("--exclude", exclude)
+    preflight.data(data)
+    preflight.model(model)
+    preflight.layers(model, layers, exclude)
+    numerics = {"dtype": dtype, "matmul": matmul}
+    preflight.place(out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics})
+    from influent import methods
+
+    with _progress() as progress:
+        document = methods.index(
+            model, data, out=out, method=method, compress=compress, rows=rows, layers=layers, exclude=exclude,
+            max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=catalog,
+            shard_rows=shard_rows, limit=limit, seed=seed, skip_nonfinite=skip_nonfinite, device=device,
+            progress=progress,
+        )  # fmt: skip
+    from influent.report import print_info
+
+    _print(document, print_info, json=json)
+
+
+@app.command()
+def fit(
+    index: IndexPath,
+    curvature: Annotated[str, typer.Option(help="fim or identity.")] = "fim",
+    damping: Damping = None,
+    json: Json = False,
+) -> None:
+    """Fit a curvature to an index.
+
+    Any number of them may be fitted; another damping reuses the costly part.
+    """
+    preflight.choice("--curvature", curvature, ("fim", "identity"))
+    preflight.damping(damping)
+    preflight.index(index)
+    from influent import methods
+
+    with _progress() as progress:
+        document = methods.fit(index, curvature=curvature, damping=damping, progress=progress)
+    from influent.report import print_fit
+
+    _print(document, print_fit, json=json)
+
+
+@app.command()
+def query(
+    index: IndexPath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model was given.")] = None,
+    completion: Annotated[str | None, typer.Option(metavar="TEXT", help="What it answered.")] = None,
+    queries: Annotated[str | None, typer.Option(metavar="FILE", help="Many queries: rows like the data's.")] = None,
+    control: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Subtract the mean of these from the queries'.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Rows to show on each side.")] = 10,
+    bottom: Annotated[bool, typer.Option(help="Also the rows that pushed the other way.")] = True,
+    normalize: Annotated[str, typer.Option(help="none, cosine or relatif.")] = "none",
+    curvature: CurvatureName = None,
+    damping: Damping = None,
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
+    scores: Annotated[str | None, typer.Option(metavar="FILE", help="Write queries x rows as float32 .npy.")] = None,
+    out: Out = None,
+    token_budget: TokenBudget = 4096,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Rank the training examples behind a completion."""
+    preflight.asked(prompt, completion, queries)
+    preflight.choice("--normalize", normalize, ("none", "cosine", "relatif"))
+    preflight.damping(damping)
+    preflight.output("--scores", scores, (".npy",))
+    preflight.output("--out", out, (".parquet", ".csv"))
+    opened = preflight.index(index)
+    preflight.same_model(opened, model)
+    preflight.queries("--queries", queries)
+    preflight.queries("--control", control)
+    from influent import methods
+
+    with _progress() as progress:
+        document = methods.query(
+            index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
+            normalize=normalize, curvature=curvature, damping=damping, model=model, scores=scores,
+            token_budget=token_budget, device=device, progress=progress,
+        )  # fmt: skip
+    from influent.report import print_query, query_records, write_table
+
+    if out is not None:
+        write_table(list(query_records(document)), out)
+    _print(document, print_query, json=json)
+
+
+@app.command("self")
+def self_influence(
+    index: IndexPath,
+    k: Annotated[int, typer.Option("-k", min=1, help="Rows to show.")] = 20,
+    curvature: CurvatureName = None,
+    damping: Damping = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Rank examples by influence on themselves.
+
+    Outliers, wrong labels and poisoned rows come first.
+    """
+    preflight.damping(damping)
+    preflight.output("--out", out, (".parquet", ".csv"))
+    preflight.index(index)
+    from influent import methods
+
+    with _progress() as progress:
+        document = methods.self_influence(index, k=k, curvature=curvature, damping=damping, progress=progress)
+    from influent.report import print_self, self_records, write_table
+
+    if out is not None:
+        write_table(list(self_records(document)), out)
+    _print(document, print_self, json=json)
+
+
+@app.command()
+def info(index: IndexPath, json: Json = False) -> None:
+    """Say what an index holds.
+
+    What it cost, what was skipped and why, and which curvatures are fitted.
+    """
+    preflight.index(index)
+    from influent import methods
+    from influent.report import print_info
+
+    _print(methods.info(index), print_info, json=json)
+
+
+@app.command()
+def verify(index: IndexPath, json: Json = False) -> None:
+    """Check every committed byte of an index.
+
+    Exit code 2 when something is wrong.
+    """
+    from influent import methods
+    from influent.report import print_verify
+
+    document = methods.verify(index)
+    _print(document, print_verify, json=json)
+    if not document["ok"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="Where the demo's index goes.")] = "demo-index",
+    json: Json = False,
+) -> None:
+    """Index and query a real model and real text.
+
+    Takes under three minutes on two cores.
+    """
+    from influent.demo import demo as run
+
+    with _progress() as progress:
+        document = run(out, progress=progress)
+    from influent.report import print_query
+
+    _print(document, print_query, json=json)
+
+
+def main() -> None:
+    """The `influent` command. Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 mend what the line says."""
+    sys.exit(run(sys.argv[1:] or ["--help"]))
+
+
+def run(arguments: list[str]) -> int:
+    """One command line; the exit code. Errors that a user can mend become one line on stderr."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("influent", arguments) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as e:
+        return e.exit_code
+    except InfluentError as e:
+        return _complain(str(e), 2)
+    except CommandLineError as e:
+        return _complain(e.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
+    except KeyboardInterrupt:
+        return _complain("interrupted; what was finished is kept: the same command again resumes", 130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"influent: {line}\n")
+    return code
+
+
+def _print(document: Doc, page: Callable[[Doc, Console], None], *, json: bool) -> None:
+    if json:
+        from influent.report import json_text
+
+        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        sys.stdout.write(json_text(document, ascii_only=not unicode) + "\n")
+        return
+    from rich.console import Console
+
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
+    page(document, Console(highlight=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Rich bars on stderr, one a stage, with rate and time left; nothing when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int, /) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None, rate="")
+            bars.update(tasks[stage], completed=done, total=total or None)
+            speed = bars.tasks[tasks[stage]].speed
+            bars.update(tasks[stage], rate=f"{speed:,.1f}/s" if speed else "")
+
+        yield show
+
+
+if __name__ == "__main__":
+    main()
