@@ -333,20 +333,25 @@ def _difference(where: Store, old: Any, new: Any) -> str:
 def _first_difference(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key, ABSENT) != new.get(key, ABSENT):
-                return _first_difference(f"{path}.{key}" if path else key, old.get(key, ABSENT), new.get(key, ABSENT))
+            a, b = old.get(key, ABSENT), new.get(key, ABSENT)
+            if not _same(a, b):
+                return _first_difference(f"{path}.{key}" if path else key, a, b)
     if isinstance(old, list) and isinstance(new, list):
         for i, (a, b) in enumerate(zip(old, new, strict=False)):
-            if a != b:
+            if not _same(a, b):
                 return _first_difference(f"{path}[{i}]", a, b)
-        if len(old) != len(new):
-            return f"the length of {path}", len(old), len(new)
+        return f"the length of {path}", len(old), len(new)
     return path, old, new
 
 
-ABSENT = "absent"
+ABSENT = object()
+
+
+def _same(a: Any, b: Any) -> bool:
+    # By text, as the digest is: to Python 1, 1.0 and True are equal.
+    return a is not ABSENT and b is not ABSENT and canonical_json(a) == canonical_json(b)
 
 
 def _short(value: Any) -> str:
-    text = value if value is ABSENT else json.dumps(value, ensure_ascii=False)
+    text = "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .catalog import Catalog
 
 CATALOG = ("catalog.json", "catalog.parquet")
+ROWS = ("float32", "float16", "bfloat16")
 IDS = ".id"  # a block may be called id, loss, norm or tokens, but no module path begins with a dot
 STATS = {"loss": ".loss", "norm": ".norm", "tokens": ".tokens"}
 
@@ -198,6 +199,8 @@ class Index:
         self.widths: dict[str, int] = {block["block"]: block["width"] for block in self.spec["layout"]}
         self.keys: list[str] = list(self.widths)
         self.dtype: str = self.spec["rows"]
+        if len(self.keys) != len(self.spec["layout"]) or self.dtype not in ROWS:
+            raise CorruptError(f"{self.store}/spec.json: a block's name occurs twice, or rows are not one of {ROWS}")
         if gap := _first_gap(artifact.records):
             raise CorruptError(f"{self.store}/manifest.json: {gap}")
         self.n: int = _num_rows(artifact.records)

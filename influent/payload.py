@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class Payload(Mapping[str, "torch.Tensor"]):
         self.store, self.name = store, name
         if (got := store.size(name)) != size:
             raise CorruptError(f"{store}/{name}: expected {size} bytes, got {got}; `influent verify` lists all damage")
-        self._start, self._entries = _read_header(store, name, size)
+        self._start, self._end, self._entries = _read_header(store, name, size)
         self._mapped: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -96,51 +97,50 @@ class Payload(Mapping[str, "torch.Tensor"]):
             return torch.frombuffer(bytearray(self.read(name)), dtype=dtype).view(entry["shape"])
         if self._mapped is None:
             # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
-            size = self._start + max(e["data_offsets"][1] for e in self._entries.values())
-            self._mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            self._mapped = torch.from_file(str(path), shared=False, size=self._end, dtype=torch.uint8)
         return self._mapped[self._start + lo : self._start + hi].view(dtype).view(entry["shape"])
 
 
-def _read_header(store: Store, name: str, size: int) -> tuple[int, dict[str, Any]]:
-    """(offset of the data, entries); CorruptError unless the entries tile the data exactly and are aligned."""
-
-    def bad(why: str) -> CorruptError:
-        return CorruptError(f"{store}/{name}: not a valid payload: {why}; `influent verify` lists all damage")
-
-    if size < 8:
-        raise bad(f"{size} bytes are too few")
-    length = int.from_bytes(store.get_range(name, 0, 8), "little")
-    if length > min(size - 8, MAX_HEADER):
-        raise bad(f"a header of {length} bytes in a file of {size}")
-    start = 8 + length
+def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str, Any]]:
+    """(where the data begins, where it ends, entries); CorruptError for a header that breaks the format."""
     try:
-        entries = json.loads(store.get_range(name, 8, start), object_pairs_hook=_no_repeats)
-        if not isinstance(entries, dict):
-            raise ValueError(f"the header is a {type(entries).__name__}, not an object")
-        entries.pop("__metadata__", None)
-        end = 0
-        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            end = _check_entry(key, entry, start, end)
+        if size < 8:
+            raise ValueError(f"{size} bytes are too few")
+        length = int.from_bytes(store.get_range(name, 0, 8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        entries, end = _parse(store.get_range(name, 8, 8 + length))
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + end} of {size}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise bad(f"{type(e).__name__}: {e}") from e
-    if start + end != size:
-        raise bad(f"its tensors end at byte {start + end} of {size}")
-    return start, entries
+        why = f"missing {e}" if isinstance(e, KeyError) else str(e)
+        raise CorruptError(f"{store}/{name}: not a valid payload: {why}; `influent verify` lists all damage") from e
+    return 8 + length, size, entries
 
 
-def _check_entry(key: str, entry: dict[str, Any], start: int, end: int) -> int:
-    """The end of a tensor that must begin at `end`; ValueError otherwise."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{key}: unknown dtype {entry['dtype']!r}")
-    width = DTYPES[entry["dtype"]][1]
-    shape, (lo, hi) = entry["shape"], entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, lo, hi)):
-        raise ValueError(f"{key}: shape {shape} and offsets {[lo, hi]} must be whole numbers")
-    if lo != end or hi - lo != width * prod(shape):
-        raise ValueError(f"{key}: offsets {[lo, hi]}, expected {[end, end + width * prod(shape)]} for shape {shape}")
-    if (start + lo) % width:
-        raise ValueError(f"{key}: begins at byte {start + lo}, not at a multiple of {width}")
-    return hi
+@lru_cache(maxsize=8)  # shards of equally many rows have equal headers, and a fit opens each of them once a block
+def _parse(header: bytes) -> tuple[dict[str, Any], int]:
+    """(entries, end of the data) of a header; ValueError, KeyError or TypeError unless they tile the data, aligned."""
+    entries = json.loads(header, object_pairs_hook=_no_repeats)
+    if not isinstance(entries, dict):
+        raise ValueError(f"the header is a {type(entries).__name__}, not an object")
+    entries.pop("__metadata__", None)
+    end = 0
+    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{key}: unknown dtype {entry['dtype']!r}")
+        width = DTYPES[entry["dtype"]][1]
+        shape, (lo, hi) = entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, lo, hi)):
+            raise ValueError(f"{key}: shape {shape} and offsets {[lo, hi]} must be whole numbers")
+        if lo != end or hi - lo != width * prod(shape):
+            raise ValueError(
+                f"{key}: offsets {[lo, hi]}, expected {[end, end + width * prod(shape)]} for shape {shape}"
+            )
+        if (8 + len(header) + lo) % width:
+            raise ValueError(f"{key}: begins at byte {8 + len(header) + lo}, not at a multiple of {width}")
+        end = hi
+    return entries, end
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

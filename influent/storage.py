@@ -71,9 +71,9 @@ class Store:
         """Every finished object whose name starts with `prefix`, sorted."""
         return [name for name in self._walk(prefix) if not name.endswith(UNFINISHED)]
 
-    def put(self, name: str, data: bytes | Iterable[Buffer]) -> None:
+    def put(self, name: str, data: Buffer | Iterable[Buffer]) -> None:
         """Write one object whole, from its parts in order; an object of that name is replaced."""
-        parts: list[Buffer] = [data] if isinstance(data, bytes) else list(data)
+        parts: list[Any] = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
         self._writing(name, lambda: self._files.put(name, parts))
 
     def put_file(self, name: str, source: Path) -> None:
