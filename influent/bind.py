@@ -48,7 +48,7 @@ class Bound:
     @property
     def scale(self) -> float:
         """The constant that makes the whole chain unbiased; `join` applies it once."""
-        return math.prod(m.scale for m in (*self.inner, *self.outer, *self.flat))
+        return math.prod((m.scale for m in (*self.inner, *self.outer, *self.flat)), start=1.0)
 
     def map_in(self, x: Side, *, bias: bool = False) -> Side:
         """The input side through its maps; `bias` appends the ones column first."""

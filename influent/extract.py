@@ -8,7 +8,7 @@ Not here: what is kept (a `Visitor`), how texts become batches (task.py, batches
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from influent.gradients import Flat, Outer, Side
 from influent.layers import Plan, Site
 
 
+@runtime_checkable
 class Visitor(Protocol):
     """What is done with a block's two sides. `enter` returns what must be kept until the backward pass."""
 
@@ -162,9 +163,6 @@ def gradients(
         losses = loss()
         if losses.shape != (batch.size,):
             raise LayerError(f"the task's loss has shape {tuple(losses.shape)}, expected one scalar per example: ({batch.size},)")
-        for site in plan.sites:
-            if site.name not in ran:
-                raise LayerError(f"layer {site.name} was not called by the model's forward pass; --exclude it")
         if not losses.requires_grad:
             raise LayerError("the loss does not depend on any tracked layer; choose other --layers")
         finite = torch.isfinite(losses)
@@ -172,6 +170,8 @@ def gradients(
             raise NonFinite((~finite).nonzero().flatten().tolist())
         losses.sum().backward()
     for site in plan.sites:
+        if site.name not in ran:
+            raise LayerError(f"layer {site.name} was not called by the model's forward pass; --exclude it")
         if site.block.name not in visitor.rows:  # called, but the loss does not depend on it
             visitor.rows[site.block.name] = losses.new_zeros(batch.size, bound[site.block.name].width).float()
     return visitor.rows, losses.detach()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Side = Float[Tensor, "B T W"] | Int[Tensor, "B T"]
+Side = Float[Tensor, "B T _"] | Int[Tensor, "B T"]  # the features' axis is free: it changes under a map
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ def _check(name: str, module: nn.Module, model: nn.Module) -> None:
         above = model.get_submodule(parent)
         if isinstance(above, nn.MultiheadAttention):
             raise LayerError(f"layer {name} is used by {parent} (MultiheadAttention) without being called; {advice}")
-        if getattr(above, "batch_first", True) is False:
+        if any(isinstance(child, nn.MultiheadAttention) and not child.batch_first for child in above.children()):
             raise LayerError(f"layer {name} is inside {parent}, which has batch_first=False: the batch must come first; {advice}")
     sides.check(name, module, advice)
 

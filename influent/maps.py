@@ -8,7 +8,7 @@ Not here: which map goes where (bind.py) and the grammar (compress.py).
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from influent.rng import Stream
 DENSE_LIMIT = 2**26
 
 
+@runtime_checkable
 class Map(Protocol):
     """A linear map R^p -> R^k on the last axis; `map(x) == map.scale * map.raw(x)`."""
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from influent.errors import DataError, SpecError
 
 
+@runtime_checkable
 class Task(Protocol):
     """One scalar per example. Larger scores mean that an example pushed `measure` down."""
 
