@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .artifact import Artifact, ArtifactWriter, digest
-from .errors import DataError, MismatchError, NumericsError, SpecError
+from .errors import CorruptError, DataError, MismatchError, NumericsError, SpecError
 from .gram import (
     BlockRows,
     Dual,
@@ -268,8 +268,17 @@ def _fitted(index: RowSource) -> dict[str, Artifact]:
     found = {}
     for name in index.store.names("curvature/"):
         folder, _, file = name.rpartition("/")
-        if file == "manifest.json" and json.loads(index.store.get(f"{folder}/spec.json")).get("kind") == "cholesky":
+        if file == "manifest.json" and _kind(index.store, folder) == "cholesky":
             factors = Artifact.open(index.store.child(folder), "cholesky")
             if factors.spec["index"] == index.digest:
                 found[f"fim:{factors.spec['damping']}"] = factors
     return found
+
+
+def _kind(store: Store, folder: str) -> str:
+    try:
+        return json.loads(store.get(f"{folder}/spec.json"))["kind"]
+    except (KeyError, TypeError, ValueError) as e:
+        raise CorruptError(
+            f"{store}/{folder}/spec.json: not the spec of a curvature: delete {folder} and fit it again"
+        ) from e

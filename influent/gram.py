@@ -8,7 +8,7 @@ lambda, the factor L is that of (Gram + N lambda I), where Gram is G^T G [K, K] 
 N < K). Then (F + lambda I)^-1 q = N (L L^T)^-1 q, or (q - G^T (L L^T)^-1 G q) / lambda: the same vector, exactly.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ CHUNK_BYTES = 64 << 20
 PANEL = 512
 
 
+@runtime_checkable
 class Shard(Protocol):
     """A range of rows: what this level needs of `index.Shard`."""
 
@@ -49,7 +50,7 @@ class RowSource(Protocol):
     store: Store
 
     @property
-    def shards(self) -> "list[Shard]": ...
+    def shards(self) -> Sequence[Shard]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ business; fitting is `curvature.py`'s.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,6 @@ from .progress import Progress
 from .reduce import Reducer
 
 Queries = Mapping[str, Tensor]  # block -> [Q, K] float32
-Normalize = Literal["none", "cosine", "relatif"]
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block upcast at once: 2 MiB of float32, which the matrix product finds in cache
 LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
@@ -35,29 +34,32 @@ def score(
     queries: Queries,
     reducers: Mapping[str, Reducer[Any]],
     *,
-    normalize: Normalize = "none",
+    normalize: str = "none",
     self_influence: Float[Tensor, " N"] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores s = sum over blocks of <q, g_i>, pushed to every reducer; the result is one value per reducer's name.
 
     `queries` are block -> [Q, K], preconditioned if a curvature is wanted. Larger = training on row i pushed the
-    measured quantity further the query's way. `cosine`: s / (|q| |g_i|). `relatif`: s / sqrt(h_i) with h the
-    `self_influence` [N] under the same curvature (Barshan et al., 2020). A row of zeros scores 0 in each of them.
+    measured quantity further the query's way. `normalize` is `none`, `cosine`, s / (|q| |g_i|), or `relatif`,
+    s / sqrt(h_i) with h the `self_influence` [N] under the same curvature (Barshan et al., 2020). A row of zeros
+    scores 0 in each of them.
     Raises MismatchError for queries that do not fit the index, NumericsError for values that are not finite.
     """
     num_queries = _check(index, queries, normalize, self_influence)
-    # Pieces of at most LONGEST_SUM columns, contiguous once and for all.
     parts = {key: list(_columns(queries[key].detach().cpu().float())) for key in index.widths}
-    length = torch.stack([queries[key].detach().cpu().double().square().sum(dim=1) for key in parts]).sum(dim=0).sqrt()
+    length = (
+        torch.stack([part.double().square().sum(dim=1) for block in parts.values() for part in block]).sum(0).sqrt()
+    )
+    spread = None if self_influence is None else self_influence.double().sqrt()  # [N]
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
     with _full_float32():
         for shard in index.shards:
             for ids, scores, squares in _raw_scores(shard, parts, norms=normalize == "cosine"):
                 if normalize == "cosine":
                     scores = _divide(scores, length[:, None] * squares.sqrt())
-                elif self_influence is not None and normalize == "relatif":
-                    scores = _divide(scores, self_influence.double()[ids].sqrt())
+                elif spread is not None:
+                    scores = _divide(scores, spread[ids])
                 # One rounding before the reducers, so that ranks and the full matrix agree on what is a tie.
                 final = scores.float()
                 for name, reducer in reducers.items():
@@ -163,8 +165,8 @@ def _squares(g: Tensor) -> Tensor:
 
 
 def _columns(q: Tensor) -> Iterator[Tensor]:
-    """At most LONGEST_SUM columns at a time; one empty piece for a block of width 0."""
-    for left in range(0, max(1, q.shape[1]), LONGEST_SUM):
+    """At most LONGEST_SUM columns at a time, each piece contiguous once and for all."""
+    for left in range(0, q.shape[1], LONGEST_SUM):
         yield q[:, left : left + LONGEST_SUM].contiguous()
 
 
