@@ -49,7 +49,7 @@ TokenBudget = Annotated[int, typer.Option(min=1, help="Tokens in a batch, paddin
 
 @app.command()
 def index(
-    model: Annotated[str, typer.Argument(help="Hugging Face model folder, GGUF file, or hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model folder, GGUF file, or hub name.")],
     data: Annotated[
         str, typer.Argument(help="JSONL, CSV, Parquet, Arrow or text file, a folder of them, or hub name.")
     ],
@@ -222,6 +222,7 @@ def verify(index: IndexPath, json: Json = False) -> None:
 
     Exit code 2 when something is wrong.
     """
+    preflight.directory(index)
     from influent import methods
     from influent.report import print_verify
 

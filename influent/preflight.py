@@ -36,9 +36,9 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
 
 def rows(text: str) -> str:
     """The row dtype that `--rows` means: `float32`, `bf16`, `dense`, `dense:bfloat16`, …"""
-    structure, _, bits = text.rpartition(":")
-    name = "float32" if text == "dense" else SHORT.get(bits, bits)
-    if structure not in ("", "dense") or name not in FLOATS:
+    bits = "float32" if text == "dense" else text.removeprefix("dense:")
+    name = SHORT.get(bits, bits)
+    if name not in FLOATS:
         raise SpecError(f"--rows: expected dense or dense:BITS with BITS {', '.join((*FLOATS, *SHORT))}, got {text!r}")
     return name
 
@@ -82,7 +82,7 @@ def queries(option: str, path: str | None) -> str | None:
     if path is None:
         return None
     data(path)
-    if not is_hub_name(path) and all(example.skip is not None for example in read_examples(path)):
+    if not is_hub_name(path) and not sum(example.skip is None for example in read_examples(path)):
         raise DataError(f"{path}: {option} needs at least one record with a target, got none")
     return path
 
@@ -167,9 +167,14 @@ def place(path: str, wanted: dict[str, Any]) -> str:
 
 def index(path: str) -> Index:
     """A finished index; FormatError says whether the directory is absent, another thing, or unfinished."""
+    return Index.open(directory(path))
+
+
+def directory(path: str) -> str:
+    """A directory that is there; FormatError otherwise. Damage in it is for `verify` to find."""
     if "://" not in path and not Path(path).expanduser().is_dir():
         raise FormatError(f"{path}: no such index; make it with `influent index MODEL DATA --out {path}`")
-    return Index.open(path)
+    return path
 
 
 def same_model(opened: Index, path: str | None) -> str:
