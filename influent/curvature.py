@@ -5,7 +5,6 @@ set an artifact under `curvature/`, so that a killed fit resumes at the block it
 pass over the rows. The curvature is that of the rows as stored, rounding included. No scoring here.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -15,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .artifact import Artifact, ArtifactWriter, digest
-from .errors import CorruptError, DataError, MismatchError, NumericsError, SpecError
+from .artifact import Artifact, ArtifactWriter, digest, kind_of
+from .errors import DataError, MismatchError, NumericsError, SpecError
 from .gram import (
     BlockRows,
     Dual,
@@ -267,18 +266,10 @@ def _place(index: RowSource, identity: str) -> Store:
 def _fitted(index: RowSource) -> dict[str, Artifact]:
     found = {}
     for name in index.store.names("curvature/"):
-        folder, _, file = name.rpartition("/")
-        if file == "manifest.json" and _kind(index.store, folder) == "cholesky":
-            factors = Artifact.open(index.store.child(folder), "cholesky")
+        path, _, file = name.rpartition("/")
+        folder = index.store.child(path)
+        if file == "manifest.json" and kind_of(folder) == "cholesky":
+            factors = Artifact.open(folder, "cholesky")
             if factors.spec["index"] == index.digest:
                 found[f"fim:{factors.spec['damping']}"] = factors
     return found
-
-
-def _kind(store: Store, folder: str) -> str:
-    try:
-        return json.loads(store.get(f"{folder}/spec.json"))["kind"]
-    except (KeyError, TypeError, ValueError) as e:
-        raise CorruptError(
-            f"{store}/{folder}/spec.json: not the spec of a curvature: delete {folder} and fit it again"
-        ) from e

@@ -97,6 +97,32 @@ class Full:
         return scores if in_order else scores[:, rows.argsort()]
 
 
+class Pick:
+    """The scores of the given rows: the result is [Q, m] float32, columns in the order of `rows` [m]."""
+
+    def __init__(self, rows: Int[Tensor, " m"]):
+        self.rows = rows.long()
+
+    def empty(self, num_queries: int) -> tuple[Ranked, ...]:
+        return Full().empty(num_queries)
+
+    def push(self, acc: tuple[Ranked, ...], ids: Int[Tensor, " n"], scores: Float[Tensor, "Q n"]) -> tuple[Ranked, ...]:
+        wanted = torch.isin(ids, self.rows)
+        return Full().push(acc, ids[wanted], scores[:, wanted]) if bool(wanted.any()) else acc
+
+    def merge(self, a: tuple[Ranked, ...], b: tuple[Ranked, ...]) -> tuple[Ranked, ...]:
+        return a + b
+
+    def result(self, acc: tuple[Ranked, ...]) -> Float[Tensor, "Q m"]:
+        """Raises SpecError, naming the first, when a wanted row was never scored."""
+        if self.rows.numel() == 0:
+            return acc[0].scores
+        scored = torch.cat([piece.rows[0] for piece in acc]).sort().values
+        if bool((missing := ~torch.isin(self.rows, scored)).any()):
+            raise SpecError(f"row {int(self.rows[missing][0])}: wanted, but not among the rows scored")
+        return Full().result(acc)[:, torch.searchsorted(scored, self.rows)]
+
+
 class Summary(NamedTuple):
     """Mean, standard deviation (of the population) and extremes of each query's scores over `num_rows` rows."""
 

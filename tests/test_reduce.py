@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from influent.errors import NumericsError, SpecError
-from influent.reduce import Full, Moments, Reducer, SumBy, TopK
+from influent.reduce import Full, Moments, Pick, Reducer, SumBy, TopK
 
 # Few distinct values, signed zeros among them, make ties the rule.
 VALUES = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 1.5]) | st.floats(-(2.0**100), 2.0**100, width=32)
@@ -59,6 +59,19 @@ def test_full_is_every_score_in_row_order(stream, tree):
 
 
 @settings(max_examples=100, deadline=None)
+@given(streams(), st.booleans(), st.data())
+def test_picked_rows_come_in_the_order_asked(stream, tree, data):
+    scores, pieces = stream
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, scores.shape[1] - 1), max_size=6)), dtype=torch.int64)
+    assert reduce(Pick(rows), scores, pieces, tree=tree).tolist() == scores[:, rows].tolist()
+
+
+def test_a_picked_row_that_was_never_scored():
+    with pytest.raises(SpecError, match="row 9: wanted, but not among"):
+        reduce(Pick(torch.tensor([0, 9])), torch.zeros(1, 3), [torch.arange(3)], tree=False)
+
+
+@settings(max_examples=100, deadline=None)
 @given(streams(), st.booleans())
 def test_moments_are_those_of_all_scores(stream, tree):
     scores, pieces = stream
@@ -97,7 +110,7 @@ def test_a_tie_for_the_last_place_goes_to_the_smaller_row_whatever_arrives_first
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("reducer", [TopK(2), Full(), Moments(), SumBy(torch.zeros(9, dtype=torch.int64))])
+@pytest.mark.parametrize("reducer", [TopK(2), Full(), Moments(), Pick(torch.tensor([8])), SumBy(torch.zeros(9).long())])
 def test_a_score_that_is_not_finite_never_enters(reducer, bad):
     scores = torch.tensor([[0.0, 1.0], [2.0, bad]])
     with pytest.raises(NumericsError, match="query 1, row 8"):
