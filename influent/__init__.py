@@ -1,1 +1,58 @@
-"""influent: which training data made the model do that."""
+"""influent: which training examples made a model say that.
+
+The pipeline, stage by stage (each talks to the next only through a directory on disk):
+
+    index(model, data, out)     one compressed gradient per training example, by hooks, in one pass
+    fit(out)                    the curvature of the stored rows
+    query(out, prompt=…, …)     gradients of a query, preconditioned, against every row
+    self_influence(out)         outliers, wrong labels and planted rows first
+    info(out), verify(out)      what an index holds; whether every byte is as it was written
+
+A model of your own needs a `Task`: its loss per example. Importing this package is cheap; torch comes with first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from influent.compress import Compress as Compress
+    from influent.curvature import Damping as Damping
+    from influent.methods import METHODS as METHODS
+    from influent.methods import fit as fit
+    from influent.methods import index as index
+    from influent.methods import info as info
+    from influent.methods import self_influence as self_influence
+    from influent.methods import verify as verify
+    from influent.querying import query as query
+    from influent.rowstore import Index as Index
+    from influent.task import CausalLM as CausalLM
+    from influent.task import Classification as Classification
+    from influent.task import Task as Task
+
+_HOMES = {
+    "Compress": "compress",
+    "Damping": "curvature",
+    "METHODS": "methods",
+    "fit": "methods",
+    "index": "methods",
+    "info": "methods",
+    "self_influence": "methods",
+    "verify": "methods",
+    "query": "querying",
+    "Index": "rowstore",
+    "CausalLM": "task",
+    "Classification": "task",
+    "Task": "task",
+}
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'influent' has no attribute {name!r}")
+    return getattr(import_module(f"influent.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

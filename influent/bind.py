@@ -69,7 +69,7 @@ class Bound:
         return row * self.scale
 
     def _first(self, grad: Outer) -> tuple[Tensor, tuple[Map, ...]]:
-        """The flat vector after as many flat stages as can be had without forming the gradient, and the other stages."""
+        """The flat vector after the stages that can be had without forming the gradient, and the other stages."""
         size = grad.in_width * grad.out_width
         match self.flat[:1]:
             case (Mask() as mask,) if size >= GATHER_RATIO * mask.k:
@@ -79,7 +79,10 @@ class Bound:
                 index = torch.arange(grad.in_width, device=grad.d.device) * grad.out_width + grad.d.long().unsqueeze(-1)
                 return sjlt.sparse(index.flatten(1), grad.a.flatten(1)), self.flat[1:]
             case (first,) if len(grad.a) > 1 and len(grad.a) * size > DENSE_LIMIT:
-                each = [Outer(grad.a[i : i + 1], grad.d[i : i + 1], grad.in_width, grad.out_width) for i in range(len(grad.a))]
+                each = [
+                    Outer(grad.a[i : i + 1], grad.d[i : i + 1], grad.in_width, grad.out_width)
+                    for i in range(len(grad.a))
+                ]
                 return torch.cat([first.raw(one.flat()) for one in each]), self.flat[1:]
         return grad.flat(), self.flat
 

@@ -161,10 +161,10 @@ def query(
     preflight.same_model(opened, model)
     preflight.queries("--queries", queries)
     preflight.queries("--control", control)
-    from influent import methods
+    from influent import querying
 
     with _progress() as progress:
-        document = methods.query(
+        document = querying.query(
             index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
             normalize=normalize, curvature=curvature, damping=damping, model=model, scores=scores,
             token_budget=token_budget, device=device, progress=progress,

@@ -4,6 +4,7 @@ The same function fills a shard and makes the gradients of queries. Memory is th
 batch. Not here: where rows are stored (index.py), what a gradient is (extract.py).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Collector:
 
     Args:
         token_budget: a batch holds at most this many positions, padding included (at least one part).
-        skip_nonfinite: give an example whose loss or gradient is not finite a zero row and report it, instead of raising.
+        skip_nonfinite: give an example whose loss or gradient is not finite a zero row, instead of raising.
     """
 
     model: nn.Module
@@ -42,14 +43,19 @@ class Collector:
         return {name: bound.width for name, bound in self.bound.items()}
 
     def collect(
-        self, examples: Sequence[Any], *, name: Callable[[int], str], query: bool = False, progress: Callable[[int], None] | None = None
+        self,
+        examples: Sequence[Any],
+        *,
+        name: Callable[[int], str],
+        query: bool = False,
+        progress: Callable[[float], None] | None = None,
     ) -> "Collected":
         """Rows of `examples`, in their order.
 
         Args:
             name: how to call example i in an error.
             query: differentiate the task's `measure` instead of its `loss`.
-            progress: told the number of target tokens after each batch.
+            progress: told the share of parts that is done, after each batch.
 
         Raises:
             NumericsError: a loss or gradient is not finite; names the example (and block).
@@ -57,10 +63,15 @@ class Collector:
         device = device_of(self.model)
         out = Collected.empty(len(examples), self.widths, device)
         queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example)]
+        if without := set(range(len(examples))) - {i for i, _ in queue}:
+            out.skipped["no target tokens"] = without
+        out.num_split = sum(count > 1 for count in Counter(i for i, _ in queue).values())
+        done = 0
         for batch in pack(queue, self.token_budget):
             self._add(out, batch, name, query)
+            done += len(batch)
             if progress is not None:
-                progress(sum(part.targets for _, part in batch))
+                progress(done / len(queue))
         self._check(out, name)
         return out
 
@@ -69,7 +80,9 @@ class Collector:
 
     def _add(self, out: "Collected", batch: list[tuple[int, Part]], name: Callable[[int], str], query: bool) -> None:
         parts = [part for _, part in batch]
-        inputs = self.task.collate(parts) if isinstance(self.task, Encodes) else default_collate([p.inputs for p in parts])
+        inputs = (
+            self.task.collate(parts) if isinstance(self.task, Encodes) else default_collate([p.inputs for p in parts])
+        )
         inputs = _to(inputs, device_of(self.model))
         objective = self.task.measure if query else self.task.loss
         shape = sides.Batch(len(parts), max(part.length for part in parts))
@@ -81,7 +94,7 @@ class Collector:
             bad = {batch[place][0] for place in error.places}
             if not self.skip_nonfinite:
                 raise NumericsError(f"the loss of {name(min(bad))} is not finite; {_MEND}") from None
-            out.skipped |= bad
+            out.skipped.setdefault("not finite", set()).update(bad)
             rest = [(i, part) for i, part in batch if i not in bad]
             if rest:
                 self._add(out, rest, name, query)
@@ -95,17 +108,19 @@ class Collector:
     def _check(self, out: "Collected", name: Callable[[int], str]) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
         squares = torch.zeros(len(out.loss), dtype=torch.float64, device=out.loss.device)
+        skipped = set().union(*out.skipped.values())
         for key, rows in out.rows.items():
             square = rows.square().sum(1).double()
-            bad = set((~torch.isfinite(square)).nonzero().flatten().tolist())
-            if bad - out.skipped and not self.skip_nonfinite:
+            bad = set((~torch.isfinite(square)).nonzero().flatten().tolist()) - skipped
+            if bad and not self.skip_nonfinite:
                 raise NumericsError(f"the gradient of {name(min(bad))} in block {key} is not finite; {_MEND}")
-            out.skipped |= bad
+            if bad:
+                out.skipped.setdefault("not finite", set()).update(bad)
+                skipped |= bad
             squares += square
-        for i in sorted(out.skipped):
-            for rows in out.rows.values():
-                rows[i] = 0
-            out.loss[i], out.tokens[i], squares[i] = 0, 0, 0
+        if gone := sorted(skipped):
+            for values in (*out.rows.values(), out.loss, out.tokens, squares):
+                values[gone] = 0
         out.norm.copy_(squares.sqrt())
 
 
@@ -114,19 +129,20 @@ _MEND = "mend or remove it, use --dtype float32, or pass --skip-nonfinite to giv
 
 @dataclass(eq=False)
 class Collected:
-    """Rows [n, K] by block name with each example's loss, row norm and target tokens [n]; `skipped` rows are zero."""
+    """Rows [n, K] by block name, with loss, row norm and target tokens [n]; rows in `skipped`, by reason, are 0."""
 
     rows: dict[str, Float[Tensor, "n K"]]
     loss: Float[Tensor, " n"]
     norm: Float[Tensor, " n"]
     tokens: Float[Tensor, " n"]
-    skipped: set[int]
+    skipped: dict[str, set[int]]
+    num_split: int = 0
 
     @staticmethod
     def empty(n: int, widths: dict[str, int], device: torch.device) -> "Collected":
         rows = {key: torch.zeros(n, width, device=device) for key, width in widths.items()}
         loss, norm, tokens = (torch.zeros(n, device=device) for _ in range(3))
-        return Collected(rows, loss, norm, tokens, set())
+        return Collected(rows, loss, norm, tokens, {})
 
 
 def pack(queue: Sequence[tuple[int, Part]], token_budget: int) -> list[list[tuple[int, Part]]]:

@@ -79,9 +79,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(plan: Plan, visitor: Visitor, batch: sides.Batch) -> Iterator[set[str]]:
-    """Within the context, every forward and backward pass of the model reports to `visitor`; yields the sites that ran."""
+    """Within the context, every pass of the model reports to `visitor`; yields the names of the sites that ran."""
     ran: set[str] = set()
-    handles = [site.module.register_forward_hook(_hook(site, visitor, batch, ran), with_kwargs=True) for site in plan.sites]
+    handles = [
+        site.module.register_forward_hook(_hook(site, visitor, batch, ran), with_kwargs=True) for site in plan.sites
+    ]
     handles += [
         site.module.register_forward_pre_hook(_expand(batch), with_kwargs=True)
         for site in plan.sites
@@ -113,7 +115,7 @@ def _hook(site: Site, visitor: Visitor, batch: sides.Batch, ran: set[str]):
         ran.add(site.name)
         x = _first_input(args, kwargs).detach()
         if not output.requires_grad:
-            # Nothing before this layer is tracked: the backward pass ends here. The clone lets the model change it in place.
+            # Nothing before this layer is tracked: the backward pass ends here. The clone may be changed in place.
             output = output.detach().requires_grad_().clone()
         if site.kind == "norm":
             sides.verify_norm(module, x, output.detach(), site.name)
@@ -162,7 +164,9 @@ def gradients(
     with torch.enable_grad(), hooked(plan, visitor, batch) as ran:
         losses = loss()
         if losses.shape != (batch.size,):
-            raise LayerError(f"the task's loss has shape {tuple(losses.shape)}, expected one scalar per example: ({batch.size},)")
+            raise LayerError(
+                f"the task's loss has shape {tuple(losses.shape)}, expected one scalar per example: ({batch.size},)"
+            )
         if not losses.requires_grad:
             raise LayerError("the loss does not depend on any tracked layer; choose other --layers")
         finite = torch.isfinite(losses)

@@ -92,7 +92,9 @@ def plan(model: nn.Module, layers: str | None = None, exclude: str | None = None
     if not chosen:
         pattern = "the default (Linear layers of the blocks)" if layers is None else f"--layers {layers!r}"
         shown = ", ".join(list(owners)[:4])
-        raise LayerError(f"{pattern} matches no layer of {type(model).__name__}; its layers are {shown}, … ({len(owners)})")
+        raise LayerError(
+            f"{pattern} matches no layer of {type(model).__name__}; its layers are {shown}, … ({len(owners)})"
+        )
     sites = _sites(model, chosen)
     blocks = tuple(dict.fromkeys(site.block for site in sites))
     tracked = {id(p): p.numel() for site in sites for p in site.module.parameters(recurse=False)}
@@ -158,7 +160,9 @@ def _check(name: str, module: nn.Module, model: nn.Module) -> None:
         if isinstance(above, nn.MultiheadAttention):
             raise LayerError(f"layer {name} is used by {parent} (MultiheadAttention) without being called; {advice}")
         if any(isinstance(child, nn.MultiheadAttention) and not child.batch_first for child in above.children()):
-            raise LayerError(f"layer {name} is inside {parent}, which has batch_first=False: the batch must come first; {advice}")
+            raise LayerError(
+                f"layer {name} is inside {parent}, which has batch_first=False: the batch must come first; {advice}"
+            )
     sides.check(name, module, advice)
 
 

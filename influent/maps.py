@@ -252,7 +252,7 @@ def _hash(p: int, k: int, stream: Stream, law: str, copy: int) -> Hash:
 
 @dataclass(frozen=True, eq=False)
 class SJLT(_Linear):
-    """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j], summed over `s` independent hashes, scaled 1 / sqrt(s)."""
+    """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j], summed over s independent hashes, scaled 1 / sqrt(s)."""
 
     p: int
     k: int

@@ -16,8 +16,8 @@ from typing import Any
 
 from influent.compress import Compress
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
-from influent.index import Index
 from influent.records import files_of, is_hub_name, read_examples
+from influent.rowstore import Index
 from influent.storage import UNFINISHED, Store
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")

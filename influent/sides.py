@@ -38,7 +38,9 @@ def kind_of(module: nn.Module) -> str | None:
     if forward is nn.Embedding.forward:
         return "embedding"
     weight = getattr(module, "weight", None)
-    if isinstance(module, _NORMS) or (type(module).__name__.endswith("RMSNorm") and weight is not None and weight.ndim == 1):
+    if isinstance(module, _NORMS) or (
+        type(module).__name__.endswith("RMSNorm") and weight is not None and weight.ndim == 1
+    ):
         return "norm"
     return None
 
@@ -64,7 +66,9 @@ def check(name: str, module: nn.Module, advice: str) -> None:
         LayerError: names the layer and the setting.
     """
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
-        raise LayerError(f"layer {name} is an Embedding with scale_grad_by_freq or max_norm, which is not handled; {advice}")
+        raise LayerError(
+            f"layer {name} is an Embedding with scale_grad_by_freq or max_norm, which is not handled; {advice}"
+        )
     if isinstance(module, _NORMS) and getattr(module, "weight", None) is None:
         raise LayerError(f"layer {name} has a bias and no weight, which is not handled; {advice}")
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is None:

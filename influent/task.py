@@ -130,7 +130,11 @@ class CausalLM:
         """A prompt's tokens with the tokenizer's own opening tokens, without a closing one."""
         ids = list(self.tokenizer(prompt)["input_ids"])
         end = self.tokenizer.eos_token_id
-        return ids[:-1] if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token or "\0") else ids
+        return (
+            ids[:-1]
+            if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token or "\0")
+            else ids
+        )
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, bool]]:
         """The templated conversation in spans of text, with True where the assistant speaks."""
@@ -143,7 +147,9 @@ class CausalLM:
             before = self._template(messages[:i], opening=True)
             after = self._template(messages[: i + 1], opening=False)
             if not (before.startswith(done) and after.startswith(before)):
-                raise DataError("the chat template rewrites earlier messages, so that targets cannot be told; use prompt and completion")
+                raise DataError(
+                    "the chat template rewrites earlier messages: targets cannot be told; use prompt and completion"
+                )
             spans += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         return [(text, wanted) for text, wanted in spans if text]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from influent.index import Index, IndexWriter
+from influent.rowstore import Index, IndexWriter
 
 
 def write_index(path, rows: dict[str, Tensor], *, dtype: str = "float32", shard_rows: int = 5) -> Index:

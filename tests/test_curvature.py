@@ -15,7 +15,7 @@ from influent import gram as gram_module
 from influent.curvature import Damping, find, fit, list_fitted
 from influent.errors import DataError, InfluentError, MismatchError, NumericsError, SpecError
 from influent.gram import BlockRows, Dual, Primal, cholesky, gram, pack, trace_of_inverse, unpack
-from influent.index import Shard
+from influent.rowstore import Shard
 
 SHAPES = [(1, 6), (1, 1), (4, 7), (7, 7), (8, 7), (40, 7), (40, 1)]  # N, K
 DAMPINGS = ["relative:0.1", "relative:1e-5", "absolute:0.01"]

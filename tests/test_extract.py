@@ -122,14 +122,20 @@ MODELS = {
     "conv2d-grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same"), floats(4, 6, 6)),
     "conv2d-depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="reflect"), floats(4, 6, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 4, stride=2, padding=2), floats(4, 9)),
-    "conv1d-same": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2, padding_mode="circular"), floats(4, 9)),
+    "conv1d-same": (
+        lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2, padding_mode="circular"),
+        floats(4, 9),
+    ),
     "embedding": (lambda: nn.Sequential(nn.Embedding(11, 6, padding_idx=2), nn.Linear(6, 3)), tokens),
     "layernorm": (lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), floats(7, 6)),
     "layernorm-2d": (lambda: nn.LayerNorm((3, 6), bias=False), floats(2, 3, 6)),
     "rmsnorm": (lambda: nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3)), floats(7, 6)),
     "rmsnorm-class": (lambda: nn.Sequential(FlatRMSNorm(0.0), nn.Linear(6, 3)), floats(7, 6)),
     "rmsnorm-offset": (lambda: nn.Sequential(FlatRMSNorm(1.0), nn.Linear(6, 3)), floats(7, 6)),
-    "batchnorm-eval": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), floats(3, 6, 6)),
+    "batchnorm-eval": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+        floats(3, 6, 6),
+    ),
     "tied": (Tied, tokens),
     "tied-bias": (lambda: Tied(bias=True), tokens),
     "called-twice": (Twice, floats(7, 6)),
@@ -188,12 +194,16 @@ def test_every_layer_equals_autograd(name):
     torch.testing.assert_close(losses, losses_of(model, x).detach(), rtol=1e-12, atol=1e-12)
     assert rows.keys() == expected.keys()
     for block in rows:
-        torch.testing.assert_close(rows[block], expected[block], rtol=1e-9, atol=1e-11, msg=lambda m, b=block: f"{b}: {m}")
+        torch.testing.assert_close(
+            rows[block], expected[block], rtol=1e-9, atol=1e-11, msg=lambda m, b=block: f"{b}: {m}"
+        )
         assert expected[block].abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("text", COMPRESSORS)
-@pytest.mark.parametrize("name", ["linear", "linear-sequence", "hf-conv1d", "conv2d-grouped", "embedding", "layernorm", "tied-bias"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-sequence", "hf-conv1d", "conv2d-grouped", "embedding", "layernorm", "tied-bias"]
+)
 def test_compressed_rows_equal_the_map_of_the_materialised_gradient(name, text):
     model, x = build(name)
     _, _, exact, _ = extract(model, x)

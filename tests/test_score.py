@@ -11,7 +11,7 @@ from small_index import random_rows, write_index
 from influent import score as score_module
 from influent.curvature import Damping, fit
 from influent.errors import DataError, MismatchError, NumericsError, SpecError
-from influent.index import Shard
+from influent.rowstore import Shard
 from influent.reduce import Full, Moments, SumBy, TopK
 from influent.score import contrast, precondition, score, self_influence
 
@@ -248,7 +248,7 @@ sys.path.insert(0, sys.argv[1])
 from small_index import write_index
 from influent import gram
 from influent.curvature import Damping, fit
-from influent.index import Index
+from influent.rowstore import Index
 from influent.reduce import TopK
 from influent.score import precondition, score
 torch.set_num_threads(1)

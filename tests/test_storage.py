@@ -151,6 +151,6 @@ def test_two_writers_of_one_object_do_not_meet(tmp_path):
 
 
 def test_import_is_light():
-    script = "import sys, influent.storage, influent.artifact, influent.index, influent.payload; print(*sys.modules)"
+    script = "import sys, influent.storage, influent.artifact, influent.rowstore, influent.payload; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "datasets", "pandas", "pyarrow", "fsspec", "numpy"} & set(loaded)

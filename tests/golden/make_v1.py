@@ -14,7 +14,7 @@ import torch
 
 from influent import catalog
 from influent.artifact import ArtifactWriter
-from influent.index import CATALOG, Chunk, IndexWriter
+from influent.rowstore import CATALOG, Chunk, IndexWriter
 from influent.storage import Store
 
 GOLDEN = Path(__file__).parent / "v1"

@@ -88,9 +88,10 @@ class IndexWriter:
         tokens: torch.Tensor,
         dtype: str,
         skipped: Mapping[str, list[int]],
+        split: int = 0,
     ) -> Record:
         """Commit one chunk: block -> rows [n, K] float32 (stored as `dtype`), loss, norm and tokens [n], and the row
-        ids that were skipped and why (their rows are zero).
+        ids that were skipped and why (their rows are zero). `split` counts documents longer than the context.
 
         Raises NumericsError, naming block and row, if a value is not finite once stored, and commits nothing then.
         """
@@ -108,7 +109,7 @@ class IndexWriter:
             )
         for key, width in self.widths.items():
             tensors[key] = _checked(key, rows[key], (len(ids), width), getattr(torch, dtype), chunk.lo)
-        meta = {"skipped": {reason: sorted(ids) for reason, ids in sorted(skipped.items()) if ids}}
+        meta = {"skipped": {reason: sorted(ids) for reason, ids in sorted(skipped.items()) if ids}, "split": split}
         return self.artifact.put(chunk.name, tensors, meta, rows=(chunk.lo, chunk.hi))
 
     def commit(self, summary: dict[str, Any]) -> None:
@@ -127,6 +128,7 @@ class IndexWriter:
         for record in records:
             skipped.update({reason: len(ids) for reason, ids in record.meta["skipped"].items()})
         totals = {"rows": _num_rows(records), "bytes": sum(r.bytes for r in records), "skipped": dict(skipped)}
+        totals["split"] = sum(record.meta.get("split", 0) for record in records)
         self.artifact.commit({**summary, **totals}, files=[name for name in CATALOG if self.store.exists(name)])
 
 
@@ -243,6 +245,7 @@ def info(index: Index) -> dict[str, Any]:
         "codec": "dense",
         "dtype": index.dtype,
         "skipped": index.summary["skipped"],
+        "split": index.summary.get("split", 0),
         "digest": index.digest,
         "generation": index.artifact.generation,
         "shards": len(index.shards),

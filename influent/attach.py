@@ -1,0 +1,130 @@
+"""One model made ready for collecting: loaded, its layers tracked, its maps drawn, and what identifies the whole.
+
+Indexing and querying attach in the same way, so that a query's rows can only be compared with an index whose identity
+is the same. Not here: the verbs (methods.py), collecting itself (collect.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from influent import loading
+from influent.collect import Collector
+from influent.compress import Compress
+from influent.errors import MismatchError, SpecError
+from influent.extract import frozen
+from influent.layers import device_of, plan
+from influent.rng import VERSION as RNG_VERSION
+from influent.rowstore import Index
+from influent.task import CausalLM, Task, describe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What changes a row, apart from the model and the data: it is hashed into an index's digest (or leads to it)."""
+
+    compress: str
+    layers: str | None = None
+    exclude: str | None = None
+    max_length: int = 512
+    dtype: str = "float32"
+    matmul: str = "highest"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What may not change a row beyond rounding."""
+
+    token_budget: int = 4096
+    device: str | None = None
+    skip_nonfinite: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """A frozen model with its collector, and `identity`: the digested facts that queries and index must share."""
+
+    collector: Collector
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+
+@contextmanager
+def attach(model: str | nn.Module, task: Task | None, setting: Setting, run: Run) -> Iterator[Attached]:
+    """The model ready for collecting; within the context it is in evaluation mode and its parameters are frozen.
+
+    Raises:
+        SpecError: the model cannot be loaded, is a module without a task, or reads fewer tokens than `max_length`.
+        LayerError: the layers asked for cannot be tracked.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(loading.matmul_precision(setting.matmul))
+        module, task = _load(model, task, setting, run)
+        stack.enter_context(frozen(module))
+        tracked = plan(module, setting.layers, setting.exclude)
+        compressor, device = Compress.parse(setting.compress), device_of(module)
+        bound = {block.name: compressor.bind(block, setting.seed).to(device) for block in tracked.blocks}
+        collector = Collector(module, tracked, bound, task, run.token_budget, run.skip_nonfinite)
+        yield Attached(collector, _identity(collector, setting, str(compressor)), loading.config_facts(module))
+
+
+def check_same(index: Index, attached: Attached) -> None:
+    """Refuse a query whose model, task, layers or maps are not the index's.
+
+    Raises:
+        MismatchError: names the first thing that differs.
+    """
+    for field, value in attached.identity.items():
+        stored = index.spec.get(field)
+        if stored == value:
+            continue
+        if field == "model":
+            got, expected = value["fingerprint"], (stored or {}).get("fingerprint")
+            raise MismatchError(
+                f"{index.path}: was built with another model: expected weights {expected}, got {got}; "
+                f"give --model with the one that was indexed ({index.notes.get('model')})"
+            )
+        raise MismatchError(
+            f"{index.path}: {field} differs: expected {_brief(stored)}, got {_brief(value)}; query as it was indexed"
+        )
+
+
+def _load(model: str | nn.Module, task: Task | None, setting: Setting, run: Run) -> tuple[nn.Module, Task]:
+    if isinstance(model, nn.Module):
+        if task is None:
+            raise SpecError(
+                "a model given as a module needs its task: influent.CausalLM(tokenizer), influent.Classification(), …"
+            )
+        module = model if run.device is None else model.to(loading.choose_device(run.device))
+    else:
+        module, tokenizer = loading.load(model, dtype=setting.dtype, device=run.device)
+        task = task or CausalLM(tokenizer, max_length=setting.max_length)
+    longest = loading.context_length(module)
+    if isinstance(task, CausalLM) and longest is not None and task.max_length > longest:
+        raise SpecError(f"--max-length is {task.max_length}, but the model reads at most {longest} tokens")
+    return module, task
+
+
+def _identity(collector: Collector, setting: Setting, compress: str) -> dict[str, Any]:
+    layout = [
+        {"block": b.name, "kind": b.kind, "in": b.in_width, "out": b.out_width, "width": collector.widths[b.name]}
+        for b in collector.plan.blocks
+    ]
+    return {
+        "model": {"fingerprint": loading.fingerprint(collector.model)},
+        "task": describe(collector.task),
+        "layout": layout,
+        "compress": compress,
+        "seed": setting.seed,
+        "rng": RNG_VERSION,
+        "numerics": {"dtype": setting.dtype, "matmul": setting.matmul},
+    }
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,295 @@
+"""The method table, and the verbs of the public API: index, fit, self_influence, info, verify (query: querying.py).
+
+Every published method is a row of METHODS. A verb is the function behind the command of the same name: it takes the
+same options and returns the document that the command prints with --json. Not here: what any of the stages does.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from influent import catalog as catalogs
+from influent import curvature as curvatures
+from influent import loading, rowstore, score
+from influent.attach import Attached, Run, Setting, attach
+from influent.catalog import Catalog
+from influent.compress import Compress
+from influent.curvature import Curvature, Damping
+from influent.errors import CorruptError, DataError, SpecError
+from influent.examples import ids_and_hashes
+from influent.progress import Progress
+from influent.reduce import TopK
+from influent.rowstore import Chunk, Index, IndexWriter
+from influent.storage import Store
+from influent.task import Encodes, Task
+
+DEFAULT_DAMPING = "relative:0.1"
+SHARD_BYTES = 256 * 2**20  # of float32 rows held while a shard is filled
+Examples = Callable[[int, int], list[Any]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table: what is differentiated, how it is compressed, and the curvature a query uses by default."""
+
+    target: str
+    compress: str
+    curvature: str
+
+
+METHODS: dict[str, Method] = {
+    "factgrass": Method("loss", "mask:128x128 | sjlt:4096", "fim"),
+    "grass": Method("loss", "mask:16384 | sjlt:4096", "fim"),
+    "logra": Method("loss", "gauss:64x64", "fim"),
+    "graddot": Method("loss", "mask:128x128 | sjlt:4096", "identity"),
+}
+
+
+def index(
+    model: str | nn.Module,
+    data: Any,
+    out: str,
+    *,
+    method: str = "factgrass",
+    compress: str | None = None,
+    rows: str = "float32",
+    layers: str | None = None,
+    exclude: str | None = None,
+    max_length: int = 512,
+    token_budget: int = 4096,
+    dtype: str = "float32",
+    matmul: str = "highest",
+    catalog: Literal["text", "reference"] = "text",
+    shard_rows: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    skip_nonfinite: bool = False,
+    device: str | None = None,
+    task: Task | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Collect one compressed gradient per training example into the directory `out`; called again, it resumes.
+
+    Args:
+        model: a Hugging Face folder, hub name or GGUF file of a causal language model; or any module, with its `task`.
+        data: a file, folder, hub name or sequence of records; for a task without records, a map-style data set.
+        task: needed for a module; by default CausalLM with the model's tokenizer.
+
+    Returns:
+        The `info` document of the finished index.
+
+    Raises:
+        SpecError, LayerError, DataError, MismatchError, NumericsError: see each class; shards already written stay.
+    """
+    if method not in METHODS:
+        raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+    setting = Setting(
+        compress=str(Compress.parse(compress or METHODS[method].compress)),
+        layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul, seed=seed,
+    )  # fmt: skip
+    store = Store(out)
+    listed = _catalogue(data, store, task=task, limit=limit, keep=catalog, progress=progress)
+    run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
+    with attach(model, task, setting, run) as attached:
+        spec = {**attached.identity, "data": listed.digest, "rows": rows}
+        notes = _notes(model, data, method, setting, attached, shard_rows)
+        writer = IndexWriter.open(store, spec, notes=notes)
+        if not writer.committed:
+            _fill(writer, listed, attached, _source(data, listed, attached), progress)
+            writer.commit({"coverage": attached.collector.plan.coverage, "skipped": listed.skipped})
+    return info(out)
+
+
+def fit(
+    index: str,
+    *,
+    curvature: str = "fim",
+    damping: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fit a curvature to an index. The costly part, the Gram matrices, is shared by all dampings.
+
+    Args:
+        curvature: `fim` (the block-diagonal empirical Fisher matrix) or `identity`.
+        damping: `relative:0.1` of each block's mean eigenvalue (the default), or `absolute:1e-3`.
+
+    Returns:
+        `{"name", "curvature", "damping", "health": {block: {"lambda", "trace", "d_eff", "form"}}}`.
+    """
+    amount = _damping(curvature, damping)
+    fitted = curvatures.fit(Index.open(index), curvature=curvature, damping=amount, progress=progress)
+    shown = None if amount is None else str(amount)
+    return {"name": fitted.name, "curvature": curvature, "damping": shown, "health": fitted.health()}
+
+
+def self_influence(
+    index: str,
+    *,
+    k: int = 20,
+    curvature: str | None = None,
+    damping: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The rows with the largest g (F + lambda I)^-1 g: outliers, and wrong or planted labels, come first.
+
+    Returns:
+        `{"rows": [{"row", "id", "score", "source", "provider", "text"}], "method": {...}}`, larger first.
+    """
+    opened = Index.open(index)
+    fitted = choose_curvature(opened, curvature, damping, progress)
+    values = score.self_influence(opened, fitted, progress=progress)
+    top = TopK(k)
+    best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.unsqueeze(0)))
+    numbers, scores = best.rows[0].tolist(), best.scores[0].tolist()
+    rows = [{**row, "score": value} for row, value in zip(opened.catalog.describe(numbers), scores, strict=True)]
+    return {"rows": rows, "method": method_facts(opened, fitted)}
+
+
+def info(index: str) -> dict[str, Any]:
+    """What an index holds, what it cost, what was skipped, and what was fitted to it."""
+    return rowstore.info(Index.open(index))
+
+
+def verify(index: str) -> dict[str, Any]:
+    """Check every committed byte: `{"ok", "errors": [one line each]}`."""
+    return rowstore.verify(index)
+
+
+def choose_curvature(index: Index, name: str | None, damping: str | None, progress: Progress | None) -> Curvature:
+    """The curvature a query asked for; by default the only one fitted, or the method's own, fitted now if need be.
+
+    Raises:
+        SpecError: the name is not fitted, or several are and none was named.
+    """
+    own = METHODS[index.notes["method"]].curvature
+    if name is not None and damping is None:
+        return curvatures.find(index, name)
+    if damping is None and (own == "identity" or curvatures.list_fitted(index)):
+        return curvatures.find(index, own)
+    kind = name or "fim"
+    return curvatures.fit(index, curvature=kind, damping=_damping(kind, damping), progress=progress)
+
+
+def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    return {
+        "name": index.notes["method"],
+        "compress": index.spec["compress"],
+        "curvature": fitted.name,
+        "layers": len(index.keys),
+        "rows": index.n,
+        "health": fitted.health(),
+    }
+
+
+def _damping(curvature: str, text: str | None) -> Damping | None:
+    if curvature != "identity":
+        return Damping.parse(text or DEFAULT_DAMPING)
+    if text is not None:
+        raise SpecError(f"curvature identity takes no damping, got {text!r}")
+    return None
+
+
+def _catalogue(
+    data: Any,
+    store: Store,
+    *,
+    task: Task | None,
+    limit: int | None,
+    keep: Literal["text", "reference"],
+    progress: Progress | None,
+) -> Catalog:
+    if task is None or isinstance(task, Encodes):
+        return catalogs.build(data, store, limit=limit, keep=keep, progress=progress)
+    pairs = list(ids_and_hashes(data, limit=limit))
+    if not pairs:
+        raise DataError("the data set has no examples")
+    return catalogs.build_from_ids([i for i, _ in pairs], [digest for _, digest in pairs], store)
+
+
+def _source(data: Any, listed: Catalog, attached: Attached) -> Examples:
+    """Where a chunk's examples come from: the catalog, or the caller's data set."""
+    if isinstance(attached.collector.task, Encodes):
+        return listed.examples
+    return lambda lo, hi: [data[i] for i in range(lo, hi)]
+
+
+def _notes(
+    model: str | nn.Module, data: Any, method: str, setting: Setting, attached: Attached, shard_rows: int | None
+) -> dict[str, Any]:
+    """What an index remembers without it being part of its identity: how to query it again, and how it is cut."""
+    width = sum(attached.collector.widths.values())
+    return {
+        "method": method,
+        "model": loading.noted_path(model) if isinstance(model, str) else type(model).__name__,
+        "model_config": attached.facts,
+        "data": loading.noted_path(data) if isinstance(data, str) else type(data).__name__,
+        "layers": setting.layers,
+        "exclude": setting.exclude,
+        "max_length": setting.max_length,
+        "coverage": attached.collector.plan.coverage,
+        "shard_rows": shard_rows or max(16, min(4096, SHARD_BYTES // (4 * width))),
+    }
+
+
+def _fill(
+    writer: IndexWriter, listed: Catalog, attached: Attached, examples: Examples, progress: Progress | None
+) -> None:
+    """Write the chunks that are not committed yet."""
+    pending = writer.pending(listed.n)
+    todo = sum(chunk.hi - chunk.lo for chunk in pending)
+    entry = torch.finfo(getattr(torch, writer.spec["rows"])).bits // 8
+    size = todo * entry * sum(attached.collector.widths.values())
+    log.info("%d of %d rows to collect, %.1f MB to write to %s", todo, listed.n, size / 1e6, writer.store)
+    _check_room(writer.store, size)
+    done = listed.n - todo
+    for chunk in pending:
+        _write(writer, chunk, listed, attached, examples, _within(progress, done, chunk, listed.n))
+        done += chunk.hi - chunk.lo
+
+
+def _check_room(store: Store, size: int) -> None:
+    folder = store.local("spec.json")
+    if folder is None:
+        return
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise CorruptError(
+            f"{store}: disk full: the rows need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "use another --out, --rows bfloat16 or a smaller --compress"
+        )
+
+
+def _within(progress: Progress | None, done: int, chunk: Chunk, total: int) -> Callable[[float], None]:
+    def tell(share: float) -> None:
+        if progress is not None:
+            progress("index", done + int(share * (chunk.hi - chunk.lo)), total)
+
+    return tell
+
+
+def _write(
+    writer: IndexWriter,
+    chunk: Chunk,
+    listed: Catalog,
+    attached: Attached,
+    examples: Examples,
+    tell: Callable[[float], None],
+) -> None:
+    def name(i: int) -> str:
+        row = listed.describe([chunk.lo + i])[0]
+        return f"row {row['row']} (id {row['id']}, {listed.where(row['row'])})"
+
+    made = attached.collector.collect(examples(chunk.lo, chunk.hi), name=name, progress=tell)
+    skipped = {reason: [chunk.lo + i for i in sorted(rows)] for reason, rows in made.skipped.items()}
+    writer.write(
+        chunk, made.rows, loss=made.loss, norm=made.norm, tokens=made.tokens,
+        dtype=writer.spec["rows"], skipped=skipped, split=made.num_split,
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""The verb `query`: gradients of queries, preconditioned, against every stored row, with baselines beside them.
+
+Not here: the arithmetic (score.py, reduce.py), rendering (report.py).
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from influent import baselines, score
+from influent.attach import Attached, Run, Setting, attach, check_same
+from influent.curvature import Curvature
+from influent.errors import DataError, SpecError
+from influent.methods import choose_curvature, method_facts
+from influent.progress import Progress
+from influent.records import display_text, read_examples
+from influent.reduce import Full, Pick, Ranked, TopK
+from influent.rowstore import Index
+from influent.storage import Store
+from influent.task import Encodes, Task
+
+SIGN = "positive = training on it lowered this loss"
+
+
+def query(
+    index: str,
+    *,
+    prompt: str | None = None,
+    completion: str | None = None,
+    queries: Any = None,
+    control: Any = None,
+    k: int = 10,
+    bottom: bool = True,
+    normalize: str = "none",
+    curvature: str | None = None,
+    damping: str | None = None,
+    model: str | nn.Module | None = None,
+    scores: str | None = None,
+    token_budget: int = 4096,
+    device: str | None = None,
+    task: Task | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Rank the training examples behind a model's output.
+
+    Args:
+        prompt, completion: one query; or
+        queries: a file or sequence of records like the data's (or of examples, for a task without records).
+        control: a file or sequence; the one query is then mean(queries) - mean(control).
+        normalize: `none`, `cosine` (divided by both lengths) or `relatif` (by the root of each row's self-influence).
+        scores: write the whole matrix, queries x rows, float32, to this .npy file.
+
+    Returns:
+        The document of docs/schemas/query.json.
+
+    Raises:
+        MismatchError: the model or task is not the one that was indexed.
+        SpecError, DataError, NumericsError: as their classes say.
+    """
+    opened = Index.open(index)
+    given = _given(prompt, completion, queries)
+    asked, shown = _read(given, opened, task)
+    against, _ = _read(control, opened, task) if control is not None else ([], [])
+    setting = _setting(opened)
+    with attach(
+        model or opened.notes["model"], task, setting, Run(token_budget=token_budget, device=device)
+    ) as attached:
+        check_same(opened, attached)
+        rows = _gradients(attached, asked, "query", progress)
+        if control is not None:
+            rows = score.contrast(rows, _gradients(attached, against, "control", progress))
+            shown = [{"text": _contrast_text(shown, len(against))}]
+    fitted = choose_curvature(opened, curvature, damping, progress)
+    solved = score.precondition(rows, fitted, progress=progress)
+    drawn = baselines.random_rows(opened.n, len(shown), k=k, seed=0)
+    reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
+    if scores is not None:
+        reducers["full"] = Full()
+    own = score.self_influence(opened, fitted, progress=progress) if normalize == "relatif" else None
+    found = score.score(opened, solved, reducers, normalize=normalize, self_influence=own, progress=progress)
+    if scores is not None:
+        _save(found["full"], scores)
+    return _document(opened, fitted, shown, found, drawn, k=k, bottom=bottom, normalize=normalize)
+
+
+def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
+    if queries is None and (prompt is None or completion is None):
+        raise SpecError("a query needs prompt and completion, or queries")
+    if queries is not None and (prompt is not None or completion is not None):
+        raise SpecError("give prompt and completion, or queries, not both")
+    return queries if queries is not None else [{"prompt": prompt, "completion": completion}]
+
+
+def _read(given: Any, index: Index, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Examples, and what a result shows of each."""
+    if task is not None and not isinstance(task, Encodes):
+        examples = [given[i] for i in range(len(given))]
+        return examples, [{"text": f"example {i}"} for i in range(len(examples))]
+    found = [example for example in read_examples(given)]
+    empty = next((example for example in found if example.skip is not None), None)
+    if empty is not None:
+        raise DataError(f"{empty.where}: the query is {empty.skip}; a query needs a text")
+    if not found:
+        raise DataError("there are no queries")
+    return [example.content for example in found], [example.content for example in found]
+
+
+def _setting(index: Index) -> Setting:
+    spec, notes = index.spec, index.notes
+    return Setting(
+        compress=spec["compress"], layers=notes["layers"], exclude=notes["exclude"], max_length=notes["max_length"],
+        dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"], seed=spec["seed"],
+    )  # fmt: skip
+
+
+def _gradients(attached: Attached, examples: Sequence[Any], what: str, progress: Progress | None) -> dict[str, Tensor]:
+    def tell(share: float) -> None:
+        if progress is not None:
+            progress(what, int(share * len(examples)), len(examples))
+
+    made = attached.collector.collect(examples, name=lambda i: f"{what} {i}", query=True, progress=tell)
+    if made.skipped:
+        reason, rows = next(iter(made.skipped.items()))
+        raise DataError(f"{what} {min(rows)} has {reason}: a completion (or a text of two tokens or more) is needed")
+    return made.rows
+
+
+def _contrast_text(shown: Sequence[dict[str, Any]], num_control: int) -> str:
+    return f"mean of {len(shown)} queries minus mean of {num_control} controls"
+
+
+def _save(matrix: Tensor, path: str) -> None:
+    """The whole file or none of it."""
+    sink = io.BytesIO()
+    np.save(sink, matrix.numpy())
+    folder, _, name = path.rpartition("/")
+    Store(folder or ".").put(name, sink.getvalue())
+
+
+def _document(
+    index: Index,
+    fitted: Curvature,
+    shown: Sequence[dict[str, Any]],
+    found: dict[str, Any],
+    drawn: Sequence[Sequence[int]],
+    *,
+    k: int,
+    bottom: bool,
+    normalize: str,
+) -> dict[str, Any]:
+    words = [display_text(content) for content in shown]
+    by_words = baselines.bm25(index.catalog, words, k=k)
+    columns = {row: column for column, row in enumerate(_together(drawn).tolist())}
+    chance = [[(row, found["random"][i, columns[row]].item()) for row in rows] for i, rows in enumerate(drawn)]
+    return {
+        "queries": [
+            {
+                "query": i,
+                **content,
+                "top": _ranked(index, found["top"], i, ascending=False),
+                "bottom": _ranked(index, found["bottom"], i, ascending=True) if bottom else [],
+            }
+            for i, content in enumerate(shown)
+        ],
+        "method": {**method_facts(index, fitted), "normalize": normalize},
+        "baselines": {
+            "bm25": [_listed(index, rows) for rows in by_words],
+            "random": [_listed(index, pairs) for pairs in chance],
+        },
+        "skipped": index.summary["skipped"],
+        "sign": SIGN,
+    }
+
+
+def _together(drawn: Sequence[Sequence[int]]) -> Tensor:
+    """Every row drawn for any query, once."""
+    return torch.tensor(sorted({row for rows in drawn for row in rows}))
+
+
+def _ranked(index: Index, ranked: Ranked, query: int, *, ascending: bool) -> list[dict[str, Any]]:
+    pairs = list(zip(ranked.rows[query].tolist(), ranked.scores[query].tolist(), strict=True))
+    rows = _listed(index, pairs)
+    for rank, row in enumerate(rows):
+        below = rank if ascending else index.n - 1 - rank
+        row["percentile"] = 100.0 * below / index.n
+    return rows
+
+
+def _listed(index: Index, pairs: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+    described = index.catalog.describe([row for row, _ in pairs])
+    return [{**row, "score": value} for row, (_, value) in zip(described, pairs, strict=True)]
