@@ -7,6 +7,7 @@ here: remote objects take one PUT, and the cache for local ones is the operating
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -107,9 +108,10 @@ class Store:
         try:
             write()
         except OSError as e:
+            full = "disk full: " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise CorruptError(
-                f"{self}/{name}: cannot be written: {e.strerror or e}; what was committed before is intact: "
-                "mend the cause (free some space, choose another folder) and run the same command again"
+                f"{self}/{name}: cannot be written: {full}{e.strerror or e}; what was committed before is intact: "
+                "free some space or mend the folder, then run the same command again"
             ) from e
 
 

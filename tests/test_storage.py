@@ -108,7 +108,7 @@ def test_failed_write_keeps_the_old_object(tmp_path, monkeypatch, call, error):
     assert store.get("a") == b"old"
     assert files(store) == ["a"]
     if expected is CorruptError:
-        assert f"{tmp_path}/a: cannot be written: No space left on device" in str(e.value)
+        assert f"{tmp_path}/a: cannot be written: disk full: No space left on device" in str(e.value)
         assert "\n" not in str(e.value)
 
 
