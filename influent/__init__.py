@@ -30,29 +30,22 @@ if TYPE_CHECKING:
     from influent.task import Task as Task
 
 _HOMES = {
-    "Compress": "compress",
-    "Damping": "curvature",
-    "METHODS": "methods",
-    "fit": "methods",
-    "index": "methods",
-    "info": "methods",
-    "self_influence": "methods",
-    "verify": "methods",
-    "query": "querying",
-    "Index": "rowstore",
-    "CausalLM": "task",
-    "Classification": "task",
-    "Task": "task",
+    "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
+    "querying": ("query",),
+    "rowstore": ("Index",),
+    "task": ("CausalLM", "Classification", "Task"),
+    "compress": ("Compress",),
+    "curvature": ("Damping",),
 }
-__all__ = sorted(_HOMES)
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'influent' has no attribute {name!r}")
-    return getattr(import_module(f"influent.{_HOMES[name]}"), name)
+    return getattr(import_module(f"influent.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_HOME_OF])

@@ -225,22 +225,24 @@ class Artifact:
         """Every difference between the directory and what was committed, one line each; empty when it is sound."""
         problems = [self._compare("spec.json", None, self._spec_hash)]
         for name, file in self.files.items():
-            problems.append(self._compare(name, file["bytes"], file["hash"]))
+            # They are made together, so they are mended together.
+            problems.append(self._compare(name, file["bytes"], file["hash"], mend=_redo(*self.files)))
         for record in self.records:
             problems.append(self._compare(record.payload, record.bytes, record.hash))
             problems.append(self._check_record(record))
         return [problem for problem in problems if problem]
 
-    def _compare(self, name: str, size: int | None, expected: str) -> str | None:
+    def _compare(self, name: str, size: int | None, expected: str, *, mend: str = "") -> str | None:
+        mend = mend or _redo(name)
         try:
             if size is not None and (got := self.store.size(name)) != size:
-                return f"{self.store}/{name}: expected {size} bytes, got {got}; {_redo(name)}"
+                return f"{self.store}/{name}: expected {size} bytes, got {got}; {mend}"
             if hash_object(self.store, name) != expected:
-                return f"{self.store}/{name}: its hash is not the committed one; {_redo(name)}"
+                return f"{self.store}/{name}: its hash is not the committed one; {mend}"
             if size is not None and name.endswith(".safetensors"):
                 Payload(self.store, name, size)
         except CorruptError as e:
-            return f"{e}; {_redo(name)}"
+            return f"{e}; {mend}"
         return None
 
     def _check_record(self, record: Record) -> str | None:
@@ -260,10 +262,10 @@ def kind_of(store: Store) -> str:
     return str(_read_json(store, "manifest.json").get("kind"))
 
 
-def _redo(name: str) -> str:
+def _redo(*names: str) -> str:
     """What mends any damage: intact shards are kept, because each carries its spec's digest and its own hash."""
-    both = "manifest.json" if name == "manifest.json" else f"{name} and manifest.json"
-    return f"delete {both} there, then run the same command again to restore it"
+    every = " and ".join(dict.fromkeys([*names, "manifest.json"]))
+    return f"delete {every} there, then run the same command again to restore it"
 
 
 def _stem(name: str) -> str:

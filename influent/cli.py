@@ -1,4 +1,4 @@
-"""The command line: every verb parses, checks what can be checked at once, calls its namesake in methods.py, prints.
+"""The command line: every verb parses, checks what can be checked at once, calls its namesake of the API, prints.
 
 Does: one line on stderr and exit code 2 for anything a user can mend; progress on stderr; one JSON document on stdout
 with `--json`. Does not: compute. Whatever imports torch is imported inside the verb, after the checks.
@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+import influent
 from influent import preflight
 from influent.errors import InfluentError
 from influent.progress import Progress
@@ -90,15 +91,14 @@ def index(
     preflight.pattern("--exclude", exclude)
     preflight.data(data)
     preflight.model(model)
+    preflight.context(model, max_length)
     preflight.layers(model, layers, exclude)
     numerics = {"dtype": dtype, "matmul": matmul}
     preflight.place(out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics})
-    from influent import methods
-
     with _progress() as progress:
-        document = methods.index(
+        document = influent.index(
             model, data, out=out, method=method, compress=compress, rows=rows, layers=layers, exclude=exclude,
-            max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=catalog,
+            max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=cast(Any, catalog),
             shard_rows=shard_rows, limit=limit, seed=seed, skip_nonfinite=skip_nonfinite, device=device,
             progress=progress,
         )  # fmt: skip
@@ -121,10 +121,8 @@ def fit(
     preflight.choice("--curvature", curvature, ("fim", "identity"))
     preflight.damping(damping)
     preflight.index(index)
-    from influent import methods
-
     with _progress() as progress:
-        document = methods.fit(index, curvature=curvature, damping=damping, progress=progress)
+        document = influent.fit(index, curvature=curvature, damping=damping, progress=progress)
     from influent.report import print_fit
 
     _print(document, print_fit, json=json)
@@ -161,10 +159,8 @@ def query(
     preflight.same_model(opened, model)
     preflight.queries("--queries", queries)
     preflight.queries("--control", control)
-    from influent import querying
-
     with _progress() as progress:
-        document = querying.query(
+        document = influent.query(
             index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
             normalize=normalize, curvature=curvature, damping=damping, model=model, scores=scores,
             token_budget=token_budget, device=device, progress=progress,
@@ -192,10 +188,8 @@ def self_influence(
     preflight.damping(damping)
     preflight.output("--out", out, (".parquet", ".csv"))
     preflight.index(index)
-    from influent import methods
-
     with _progress() as progress:
-        document = methods.self_influence(index, k=k, curvature=curvature, damping=damping, progress=progress)
+        document = influent.self_influence(index, k=k, curvature=curvature, damping=damping, progress=progress)
     from influent.report import print_self, self_records, write_table
 
     if out is not None:
@@ -210,10 +204,9 @@ def info(index: IndexPath, json: Json = False) -> None:
     What it cost, what was skipped and why, and which curvatures are fitted.
     """
     preflight.index(index)
-    from influent import methods
     from influent.report import print_info
 
-    _print(methods.info(index), print_info, json=json)
+    _print(influent.info(index), print_info, json=json)
 
 
 @app.command()
@@ -223,10 +216,9 @@ def verify(index: IndexPath, json: Json = False) -> None:
     Exit code 2 when something is wrong.
     """
     preflight.directory(index)
-    from influent import methods
     from influent.report import print_verify
 
-    document = methods.verify(index)
+    document = influent.verify(index)
     _print(document, print_verify, json=json)
     if not document["ok"]:
         raise typer.Exit(2)

@@ -38,7 +38,7 @@ def _update(digest: Any, value: Any, number: int) -> None:
     elif hasattr(value, "__array__") or isinstance(value, torch.Tensor):
         tensor = torch.as_tensor(value).detach().cpu().contiguous()
         digest.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     else:
         raise DataError(
             f"example {number} of the data set holds a {type(value).__name__}, expected tensors, arrays, numbers or "

@@ -134,10 +134,10 @@ def _hook(site: Site, visitor: Visitor, batch: sides.Batch, ran: set[str]):
     return forward_hook
 
 
-def _without_padding(module: nn.Module, ids: Tensor | None, d: Tensor) -> Tensor:
+def _without_padding(module: Any, ids: Tensor | None, d: Tensor) -> Tensor:
     """PyTorch gives an embedding's padding row no gradient; neither do we."""
     if ids is not None and module.padding_idx is not None:
-        return d * (ids.reshape(d.shape[:2]) != module.padding_idx).unsqueeze(-1)
+        return d * ids.reshape(d.shape[:2]).ne(module.padding_idx).unsqueeze(-1)
     return d
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +50,8 @@ def load(model: str, *, dtype: str, device: str | None) -> tuple[nn.Module, Any]
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecError(f"{model}: cannot be loaded as a causal language model with its tokenizer: {reason}") from error
-    return loaded.to(choose_device(device)).eval(), tokenizer
+    module = cast(nn.Module, loaded)
+    return module.to(choose_device(device)).eval(), tokenizer
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -72,7 +73,7 @@ def fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return f"blake2b-256:{digest.hexdigest()}"
 
 

@@ -83,7 +83,9 @@ def _with_one(x: Tensor) -> Tensor:
 class _Linear:
     """What every map shares: the constant factor, and the ones column appended by default."""
 
-    scale: float
+    @property
+    def scale(self) -> float:
+        return 1.0
 
     def raw(self, x: Tensor) -> Tensor:
         raise AssertionError("every map defines raw")
@@ -100,7 +102,6 @@ class Identity(_Linear):
     """The map that changes nothing (k = p)."""
 
     p: int
-    scale: float = 1.0
 
     @property
     def k(self) -> int:
@@ -212,8 +213,8 @@ class Hash:
 
     def to(self, device: torch.device) -> "Hash":
         place = None if self.place is None else self.place.to(device)
-        tensors = (t.to(device) for t in (self.bucket, self.sign, self.order, self.order_sign))
-        return Hash(*tensors, self.levels, place)
+        bucket, sign, order, order_sign = (t.to(device) for t in (self.bucket, self.sign, self.order, self.order_sign))
+        return Hash(bucket, sign, order, order_sign, self.levels, place)
 
     def sum(self, x: Float[Tensor, "n p"]) -> Float[Tensor, "n k"]:
         """Bucket sums of the signed entries of each row."""

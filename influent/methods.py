@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def index(
     token_budget: int = 4096,
     dtype: str = "float32",
     matmul: str = "highest",
-    catalog: Literal["text", "reference"] = "text",
+    catalog: str = "text",
     shard_rows: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -203,10 +203,13 @@ def _catalogue(
     *,
     task: Task | None,
     limit: int | None,
-    keep: Literal["text", "reference"],
+    keep: str,
     progress: Progress | None,
 ) -> Catalog:
+    if keep not in ("text", "reference"):
+        raise SpecError(f"catalog is {keep!r}, expected text or reference")
     if task is None or isinstance(task, Encodes):
+        keep = cast(Literal["text", "reference"], keep)
         return catalogs.build(data, store, limit=limit, keep=keep, progress=progress)
     pairs = list(ids_and_hashes(data, limit=limit))
     if not pairs:

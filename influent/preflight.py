@@ -82,8 +82,13 @@ def queries(option: str, path: str | None) -> str | None:
     if path is None:
         return None
     data(path)
-    if not is_hub_name(path) and not sum(example.skip is None for example in read_examples(path)):
-        raise DataError(f"{path}: {option} needs at least one record with a target, got none")
+    if is_hub_name(path):
+        return path
+    skips = [example for example in read_examples(path) if example.skip is not None]
+    if skips:
+        raise DataError(
+            f"{skips[0].where}: {option}: expected a text or a completion to ask about, got {skips[0].skip}"
+        )
     return path
 
 
@@ -118,6 +123,17 @@ def model(path: str) -> str:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise SpecError(f"{path}: the tokenizer is missing; expected one of {', '.join(TOKENIZERS)} in the folder")
     return path
+
+
+def context(model_path: str, max_length: int) -> None:
+    """SpecError when the model's configuration says that it reads fewer tokens than `--max-length`."""
+    folder = Path(model_path).expanduser()
+    config = _config(folder) if folder.is_dir() else {}
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(longest, int) and max_length > longest:
+        raise SpecError(
+            f"--max-length is {max_length}, but {model_path} reads at most {longest} tokens; give at most that"
+        )
 
 
 def layers(model_path: str, include: str | None, exclude: str | None) -> None:

@@ -6,6 +6,7 @@ which modules are tracked (layers.py) and when these functions run (extract.py).
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from influent.errors import LayerError
 
+Layer = Any  # a module whose kind is known; nn.Module types none of its attributes
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
@@ -49,7 +51,7 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
-def widths(module: nn.Module) -> tuple[int, int]:
+def widths(module: Layer) -> tuple[int, int]:
     """(in, out) features without the bias; for an embedding (h, V), for a norm (features, 1)."""
     weight = module.weight
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -59,7 +61,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
     return (weight.shape[0], weight.shape[1]) if _is_hf_conv1d(module) else (weight.shape[1], weight.shape[0])
 
 
-def check(name: str, module: nn.Module, advice: str) -> None:
+def check(name: str, module: Layer, advice: str) -> None:
     """Refuse settings under which the gradient is not the plain sum over positions.
 
     Raises:
@@ -75,7 +77,7 @@ def check(name: str, module: nn.Module, advice: str) -> None:
         raise LayerError(f"layer {name} has no running statistics, so that it mixes the examples of a batch; {advice}")
 
 
-def entering(kind: str, module: nn.Module, x: Tensor, batch: Batch, name: str) -> Tensor:
+def entering(kind: str, module: Layer, x: Tensor, batch: Batch, name: str) -> Tensor:
     """A module's input as [B, T, I]; an embedding's ids as [B, T]; a norm's input as it came."""
     if kind == "conv":
         _demand_batch(x, batch, name, len(x) == batch.size)
@@ -88,7 +90,7 @@ def entering(kind: str, module: nn.Module, x: Tensor, batch: Batch, name: str) -
     return _positions(x, batch, name)
 
 
-def leaving(kind: str, module: nn.Module, d: Tensor, batch: Batch, name: str) -> Tensor:
+def leaving(kind: str, module: Layer, d: Tensor, batch: Batch, name: str) -> Tensor:
     """The gradient of a module's output as [B, T, O]."""
     if kind == "conv":
         flat = d.flatten(2).transpose(1, 2)  # [B, L, O]
@@ -113,7 +115,7 @@ def _demand_batch(x: Tensor, batch: Batch, name: str, ok: bool) -> None:
         )
 
 
-def _unfold(module: nn.Module, x: Tensor) -> Tensor:
+def _unfold(module: Layer, x: Tensor) -> Tensor:
     """Convolution patches as [B, groups * L, C / groups * kernel]."""
     one_d = isinstance(module, nn.Conv1d)
     pads = _pads(module)
@@ -128,7 +130,7 @@ def _unfold(module: nn.Module, x: Tensor) -> Tensor:
     return split.transpose(2, 3).flatten(1, 2)
 
 
-def _pads(module: nn.Module) -> list[int]:
+def _pads(module: Layer) -> list[int]:
     """Padding as functional.pad wants it: last axis first, (before, after)."""
     if module.padding == "valid":
         return [0] * (2 * len(module.kernel_size))
@@ -147,7 +149,7 @@ def _apart(d: Tensor, groups: int) -> Tensor:
     return out.flatten(1, 2)
 
 
-def norm_gradient(module: nn.Module, x: Tensor, d: Tensor, batch: Batch, name: str) -> Tensor:
+def norm_gradient(module: Layer, x: Tensor, d: Tensor, batch: Batch, name: str) -> Tensor:
     """A norm's per-example gradient [B, H], or [B, 2H] with the bias, from its input and output gradient."""
     hat = normalised(module, x)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and x.ndim > 2:
@@ -160,13 +162,13 @@ def norm_gradient(module: nn.Module, x: Tensor, d: Tensor, batch: Batch, name: s
     return weight if getattr(module, "bias", None) is None else torch.cat([weight, d.sum(1)], dim=1)
 
 
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
+def normalised(module: Layer, x: Tensor) -> Tensor:
     """The input of a norm's affine part, in float32 or wider."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
+        mean, var = module.running_mean.to(x.dtype), cast(Tensor, module.running_var).to(x.dtype)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         return (x - mean.view(shape)) * torch.rsqrt(var.view(shape) + module.eps)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -175,7 +177,7 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
 
 
-def verify_norm(module: nn.Module, x: Tensor, y: Tensor, name: str) -> None:
+def verify_norm(module: Layer, x: Tensor, y: Tensor, name: str) -> None:
     """Refuse a class named like an RMSNorm whose output is neither weight * x̂ nor (1 + weight) * x̂."""
     if isinstance(module, _NORMS):
         return
