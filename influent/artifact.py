@@ -281,6 +281,8 @@ def _version(kind: str) -> dict[str, Any]:
 
 
 def _read_json(store: Store, name: str) -> dict[str, Any]:
+    if not store.exists(name):
+        raise CorruptError(f"{store}/{name}: missing; {_redo(name)}")
     try:
         obj = json.loads(store.get(name))
         canonical_json(obj)  # NaN and broken text have no digest

@@ -6,6 +6,7 @@ just after. Readers may see a finished index or none, never half of one.
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,33 @@ def test_size_limit_for_real(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     make_index(Store(tmp_path), 4000, shard_rows=400)
     assert verify(tmp_path)["ok"]
+
+
+# -- damage to a finished index, mended as the message says
+
+COMMITTED = ["catalog.json", "catalog.parquet", "manifest.json", "shards/000001.json", "shards/000001.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("name", [*COMMITTED, "spec.json"])
+def test_advice_of_verify_mends_the_index(tmp_path, clean, name, how):
+    index_into(Store(tmp_path))
+    content = bytearray(clean[name])
+    content[40] ^= 1
+    if how == "gone":
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content if how == "flip" else content[:-1])
+    try:
+        message = "\n".join(verify(tmp_path)["errors"])
+    except FormatError as e:  # without its manifest it is an index to resume
+        message = str(e)
+    assert "run the same command again" in message
+    for advised in re.findall(r"delete (.*?) there", message):
+        for each in advised.split(" and "):
+            (tmp_path / each).unlink(missing_ok=True)
+    index_into(Store(tmp_path))
+    assert objects(tmp_path) == clean
 
 
 # -- anything, in any order
