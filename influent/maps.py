@@ -7,6 +7,7 @@ Not here: which map goes where (bind.py) and the grammar (compress.py).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -52,7 +53,7 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
 
     Args:
         stream: keyed by (seed, block, kind, side).
-        nonzeros: SJLT only: entries per column.
+        nonzeros: SJLT only: entries per coordinate, at most k.
         law: SJLT only: `balanced` (a permutation cut into equal bins, Li and Li, KDD 2023) or `iid` buckets.
     """
     if k >= p:
@@ -63,7 +64,9 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
         case "gauss" | "rademacher":
             return Dense(p, k, kind, stream, _matrix(kind, p, k, stream) if p * k <= DENSE_LIMIT else None)
         case "sjlt":
-            return SJLT(p, k, tuple(_hash(p, k, stream, law, r) for r in range(nonzeros)))
+            # Each hash has a range of its own (Kane and Nelson, 2014, block construction): were they to share all k
+            # buckets, their collisions would make the variance larger than that of a single hash.
+            return SJLT(p, k, tuple(_hash(p, (k + r) // nonzeros, stream, law, r) for r in range(nonzeros)))
         case "fjlt":
             width = 1 << (p - 1).bit_length()
             rows = torch.from_numpy(stream.subset(width, k))
@@ -211,6 +214,10 @@ class Hash:
     levels: tuple[int, ...]  # the width of each level, never increasing
     place: Int[Tensor, " k"] | None  # where bucket j stands in a level; None: at j
 
+    @property
+    def k(self) -> int:
+        return self.levels[0] if self.place is None else len(self.place)
+
     def to(self, device: torch.device) -> "Hash":
         place = None if self.place is None else self.place.to(device)
         bucket, sign, order, order_sign = (t.to(device) for t in (self.bucket, self.sign, self.order, self.order_sign))
@@ -220,12 +227,12 @@ class Hash:
         """Bucket sums of the signed entries of each row."""
         gathered = x.index_select(1, self.order).mul_(self.order_sign.to(x.dtype))
         if self.place is None:
-            return gathered.view(len(x), len(self.levels), -1).sum(1)
+            return gathered.view(len(x), len(self.levels), self.levels[0]).sum(1)
         parts = gathered.split(self.levels, dim=1)
         out = parts[0].clone()
         for part in parts[1:]:
             out[:, : part.shape[1]] += part
-        return torch.nn.functional.pad(out, (0, len(self.place) - out.shape[1])).index_select(1, self.place)
+        return torch.nn.functional.pad(out, (0, self.k - out.shape[1])).index_select(1, self.place)
 
 
 def _hash(p: int, k: int, stream: Stream, law: str, copy: int) -> Hash:
@@ -253,7 +260,10 @@ def _hash(p: int, k: int, stream: Stream, law: str, copy: int) -> Hash:
 
 @dataclass(frozen=True, eq=False)
 class SJLT(_Linear):
-    """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j], summed over s independent hashes, scaled 1 / sqrt(s)."""
+    """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j] for each of s hashes, scaled 1 / sqrt(s).
+
+    The hashes are independent and cut the k outputs into s ranges, one each.
+    """
 
     p: int
     k: int
@@ -267,17 +277,16 @@ class SJLT(_Linear):
         if x.is_sparse:
             return self._raw_coo(x)
         rows = x.reshape(-1, self.p)
-        out = self.hashes[0].sum(rows)
-        for h in self.hashes[1:]:
-            out += h.sum(rows)
+        parts = [h.sum(rows) for h in self.hashes]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return out.view(*x.shape[:-1], self.k)
 
     def sparse(self, index: Int[Tensor, "n m"], value: Float[Tensor, "n m"]) -> Float[Tensor, "n k"]:
         """`raw` of vectors given by entries: value[i, j] stands at coordinate index[i, j]. Costs m, not p, a row."""
         out = value.new_zeros(len(value) * self.k)
         offset = torch.arange(len(value), device=value.device).unsqueeze(1) * self.k
-        for h in self.hashes:
-            at = h.bucket[index] + offset
+        for start, h in self._ranges():
+            at = h.bucket[index] + (offset + start)
             # index_put_ sorts on accelerators and runs in order on the CPU: deterministic on both, unlike scatter_add_.
             out.index_put_((at.view(-1),), (value * h.sign[index].to(value.dtype)).view(-1), accumulate=True)
         return out.view(-1, self.k)
@@ -286,16 +295,22 @@ class SJLT(_Linear):
         x = x.coalesce()
         row, column = x.indices()
         out = x.values().new_zeros(x.shape[0] * self.k)
-        for h in self.hashes:
-            at = row * self.k + h.bucket[column]
+        for start, h in self._ranges():
+            at = row * self.k + h.bucket[column] + start
             out.index_put_((at,), x.values() * h.sign[column].to(x.dtype), accumulate=True)
         return out.view(x.shape[0], self.k)
 
     def onehot(self, ids: Tensor) -> Tensor:
         out = torch.zeros(*ids.shape, self.k, device=ids.device)
-        for h in self.hashes:
-            out.scatter_add_(-1, h.bucket[ids.long()].unsqueeze(-1), h.sign[ids.long()].unsqueeze(-1))
+        for start, h in self._ranges():
+            out.scatter_(-1, h.bucket[ids.long()].unsqueeze(-1) + start, h.sign[ids.long()].unsqueeze(-1))
         return out
+
+    def _ranges(self) -> Iterator[tuple[int, Hash]]:
+        start = 0
+        for h in self.hashes:
+            yield start, h
+            start += h.k
 
     def to(self, device: torch.device) -> "SJLT":
         return SJLT(self.p, self.k, tuple(h.to(device) for h in self.hashes))
