@@ -126,7 +126,7 @@ def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:
     else:
         x = first.affine(_wide(x)) if bias else first.raw(_wide(x))
     for m in rest:
-        x = m.raw(x)
+        x = m.raw(x if isinstance(m, Mask) else _wide(x))
     return x
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KINDS = ("mask", "gauss", "rademacher", "sjlt", "fjlt")
 BUCKET_LAWS = ("balanced", "iid")
-_STAGE = re.compile(r"^(?P<kind>[a-z]+):(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?(?P<options>(?:,[a-z0-9=]+)*)$")
+_STAGE = re.compile(r"^(?P<kind>[a-z]+):(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?(?P<options>(?:,[a-z0-9=]+)*)$", re.ASCII)
 _HELP = f"stages are id, or KIND:K or KIND:AxB with KIND one of {', '.join(KINDS)}, joined by ' | '"
 
 
@@ -82,6 +82,8 @@ def _parse_stage(part: str, text: str) -> Stage:
     options = [option for option in match["options"].split(",") if option]
     if options and match["kind"] != "sjlt":
         raise SpecError(f"compressor {text!r}: stage {part!r} takes no options; only sjlt takes s=N and iid")
+    if len({option.startswith("s=") for option in options}) < len(options):
+        raise SpecError(f"compressor {text!r}: stage {part!r} sets one thing twice; sjlt takes s=N, iid and balanced")
     nonzeros, law = 1, "balanced"
     for option in options:
         if re.fullmatch(r"s=[1-9]\d*", option):
