@@ -6,6 +6,7 @@ without it an example is whatever the data set yields, collated by PyTorch. Loss
 tokens, so that a row does not depend on its batch. Not here: reading records (catalog.py), batching (collect.py).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from influent.errors import DataError, SpecError
+from influent.tokenloss import token_losses
 
 
 @runtime_checkable
@@ -92,7 +94,11 @@ class CausalLM:
             "kind": "causal-lm",
             "max_length": self.max_length,
             "reduction": self.reduction,
-            "tokenizer": {"size": len(self.tokenizer), "probe": list(self.tokenizer(probe)["input_ids"])},
+            "tokenizer": {
+                "size": len(self.tokenizer),
+                "vocabulary": _digest_of(self.tokenizer.get_vocab()),
+                "probe": list(self.tokenizer(probe)["input_ids"]),
+            },
             "chat_template": getattr(self.tokenizer, "chat_template", None),
         }
 
@@ -176,16 +182,24 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """Cross-entropy summed over each row's target tokens (times its weight)."""
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        wanted = labels != -100
-        rows = wanted.nonzero()[:, 0]
-        each = functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
-        return each.new_zeros(len(labels)).index_add(0, rows, each) * batch["weight"].to(each.device)
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
+        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
+        at = (labels != -100).nonzero().flatten()
+        each = token_losses(logits.flatten(0, 1), at, labels[at])
+        rows = at // logits.shape[1]
+        return each.new_zeros(len(logits)).index_add(0, rows, each) * batch["weight"].to(each.device, each.dtype)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """The query's own loss: a positive score means that training on the example lowered it."""
         return self.loss(model, batch)
+
+
+def _digest_of(vocabulary: Mapping[str, int]) -> str:
+    """BLAKE2b-128 over the tokens by number: a probe text sees only those that it uses."""
+    digest = hashlib.blake2b(digest_size=16)
+    for token, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{number}\0{token}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def describe(task: Task) -> dict[str, Any]:
