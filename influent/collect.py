@@ -110,7 +110,8 @@ class Collector:
         squares = torch.zeros(len(out.loss), dtype=torch.float64, device=out.loss.device)
         skipped = set().union(*out.skipped.values())
         for key, rows in out.rows.items():
-            square = rows.square().sum(1).double()
+            # In float64, in which no finite row's length overflows, or vanishes.
+            square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
             bad = set((~torch.isfinite(square)).nonzero().flatten().tolist()) - skipped
             if bad and not self.skip_nonfinite:
                 raise NumericsError(f"the gradient of {name(min(bad))} in block {key} is not finite; {_MEND}")
