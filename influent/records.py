@@ -112,7 +112,8 @@ def display_text(content: dict[str, Any]) -> str:
         return content["text"]
     if "messages" in content:
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in content["messages"])
-    return content["prompt"] + ("" if content["prompt"][-1:].isspace() else " ") + content["completion"]
+    prompt, completion = content["prompt"], content["completion"]
+    return prompt + ("" if prompt[-1:].isspace() or completion[:1].isspace() else " ") + completion
 
 
 def is_hub_name(name: str) -> bool:

@@ -73,6 +73,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["index", "badconfig", "data.jsonl", "-o", "new"], "badconfig/config.json: not JSON"),
     (["index", "pickled", "data.jsonl", "-o", "new"], "pickled: has only pickled weights (.bin)"),
     (["index", "notokens", "data.jsonl", "-o", "new"], "notokens: the tokenizer is missing"),
+    (["index", "model", "data.jsonl", "-o", "new", "--max-length", "513"], "model reads at most 512 tokens"),
     (["index", "halved", "data.jsonl", "-o", "new"], "halved: one.safetensors is missing"),
     # the data
     (["index", "model", "./nowhere.jsonl", "-o", "new"], "./nowhere.jsonl: no such file or folder"),
@@ -118,7 +119,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["query", "index", "--model", "model", "--queries", "bad.jsonl"], "bad.jsonl:2: expected"),
     (
         ["query", "index", "--model", "model", "--queries", "blank.jsonl"],
-        "blank.jsonl: --queries needs at least one record",
+        "blank.jsonl:1: --queries: expected a text or a completion to ask about, got empty",
     ),
     (["query", "index", *ASK, "--model", "./nowhere"], "./nowhere: no such model"),
     (["query", "nowhere", *ASK], "nowhere: no such index"),

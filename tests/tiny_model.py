@@ -58,11 +58,11 @@ def make_model(folder: Path, *, kind: str = "llama", width: int = 16, seed: int 
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                max_position_embeddings=64,
+                max_position_embeddings=512,
                 **ends,
             )  # fmt: skip
         )
     else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=width, n_layer=2, n_head=2, n_positions=64, **ends))
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=width, n_layer=2, n_head=2, n_positions=512, **ends))
     model.save_pretrained(folder)
     return folder
