@@ -1,0 +1,47 @@
+"""What every benchmark writes beside its numbers: where, when and with what they were measured."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """CPU, library versions, threads, date and commit of this run."""
+    import torch
+    import transformers
+
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
+    changed = "+changes" if _git("status", "--porcelain", "influent") else ""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD") + changed,
+        "cpu": names[0] if names else platform.processor(),
+        "amx": "amx_bf16" in flags,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save(name: str, document: dict[str, Any]) -> None:
+    """Write results/NAME.json and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"environment": environment(), **document}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
