@@ -1,0 +1,53 @@
+"""The README's commands and Python blocks run as they stand, on a tiny model and the names that they use."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import make_data, make_model
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_model(tmp_path / "my-model")
+    make_data(tmp_path / "my-data.jsonl")
+    return tmp_path
+
+
+def run(place: Path, *command: str) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_python_blocks_run_and_find_the_fact(place):
+    first, second = blocks("python")
+    assert "japan" in run(place, sys.executable, "-c", first).splitlines()[0]
+    rows = run(place, sys.executable, "-c", second)
+    assert len(re.findall(r"\d+", rows)) == 3
+    assert (place / "scores.npy").exists()
+
+
+def test_the_commands_for_ones_own_data_run(place):
+    block = next(block for block in blocks("sh") if "my-index" in block)
+    commands = [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("influent")]
+    assert [command.split()[1] for command in commands] == ["index", "fit", "query", "self", "verify"]
+    printed = [run(place, "bash", "-c", command) for command in commands]
+    assert "yen" in printed[2] and "japan" in printed[2]
+    assert "ok" in printed[4]
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", blocks("sh")[0], flags=re.M):
+        assert re.search(rf"^{target}:", makefile, flags=re.M)
