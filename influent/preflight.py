@@ -14,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from influent import hub
 from influent.compress import Compress
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
 from influent.records import files_of, is_hub_name, read_examples
@@ -71,8 +72,10 @@ def pattern(option: str, text: str | None) -> re.Pattern[str] | None:
 
 
 def data(path: str) -> str:
-    """DATA, when it exists or can only be a hub name; DataError otherwise."""
-    if not is_hub_name(path):
+    """DATA, when it exists here or may exist on the hub; DataError otherwise."""
+    if is_hub_name(path):
+        hub.expect(path, "datasets")
+    else:
         files_of(path)
     return path
 
@@ -104,7 +107,7 @@ def output(option: str, path: str | None, suffixes: Sequence[str]) -> str | None
 
 
 def model(path: str) -> str:
-    """MODEL: a Hugging Face folder with its parts, a GGUF file, or what can only be a hub name; SpecError otherwise."""
+    """MODEL: a whole Hugging Face folder, a GGUF file, or a name that the hub may have; SpecError otherwise."""
     folder = Path(path).expanduser()
     if folder.is_file():
         if folder.suffix.lower() != ".gguf":
@@ -114,6 +117,7 @@ def model(path: str) -> str:
         return path
     if not folder.is_dir():
         if is_hub_name(path):
+            hub.expect(path, "models")
             return path
         raise SpecError(f"{path}: no such model; expected a Hugging Face model folder, a GGUF file or a hub name")
     _config(folder)

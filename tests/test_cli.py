@@ -68,6 +68,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     # the model
     (["index", "./nowhere", "data.jsonl", "-o", "new"], "./nowhere: no such model"),
     (["index", "nowhere.gguf", "data.jsonl", "-o", "new"], "nowhere.gguf: no such model"),
+    (["index", "modle", "data.jsonl", "-o", "new"], "modle: no such file or folder, and no such model on"),
+    (["index", "model", "dta", "-o", "new"], "dta: no such file or folder, and no such data set on"),
     (["index", "junk.bin", "data.jsonl", "-o", "new"], "junk.bin: expected a Hugging Face model folder"),
     (["index", "empty", "data.jsonl", "-o", "new"], "empty: config.json is missing"),
     (["index", "badconfig", "data.jsonl", "-o", "new"], "badconfig/config.json: not JSON"),
@@ -157,6 +159,7 @@ def influent(*arguments: str, code: int = 0, **environment: str) -> subprocess.C
         (["--help"], 0),
         (["index", "--help"], 0),
         (["index", "./nowhere", "data.jsonl", "-o", "new"], 2),
+        (["index", "modle", "data.jsonl", "-o", "new"], 2),
         ([*INDEX, "--layers", "nosuchlayer"], 2),
         ([*QUERY, "--queries", "queries.jsonl"], 2),
         (["query", "index", *ASK, "--model", "./nowhere"], 2),
