@@ -12,7 +12,7 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "rng", "storage"],
-    ["baselines", "catalog", "examples", "fetch", "gradients", "loading", "maps", "payload", "records", "reduce",
+    ["baselines", "catalog", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records", "reduce",
      "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
     ["collect", "curvature", "extract", "rowstore"],
