@@ -192,7 +192,9 @@ def find(index: RowSource, name: str) -> Curvature:
     matching = [full for full in fitted if full == name or name == full.partition(":")[0]]
     if len(matching) != 1:
         problem = "not fitted" if not matching else "more than one is fitted"
-        raise SpecError(f"curvature {name!r}: {problem}: there is {', '.join(sorted(fitted)) or 'none'}, and identity")
+        raise SpecError(
+            f"curvature {name!r}: {problem}: give --curvature with one of {', '.join([*sorted(fitted), 'identity'])}"
+        )
     return FIM(index, fitted[matching[0]])
 
 

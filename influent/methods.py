@@ -154,7 +154,11 @@ def self_influence(
 
 def info(index: str) -> dict[str, Any]:
     """What an index holds, what it cost, what was skipped, and what was fitted to it."""
-    return rowstore.info(Index.open(index))
+    opened = Index.open(index)
+    fitted = [
+        {"name": name, "health": curvatures.find(opened, name).health()} for name in curvatures.list_fitted(opened)
+    ]
+    return {**rowstore.info(opened), "curvatures": fitted}
 
 
 def verify(index: str) -> dict[str, Any]:

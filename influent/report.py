@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Doc = Mapping[str, Any]
 SIGN = "positive = training on it lowered this loss"
-INNER = ("gram", "self-influence", "self_influence")  # artifacts that curvatures are made of, or that are made of them
 ASIDE_ROWS = 3  # rows shown of the bottom and of each baseline; JSON and files have them all
 FIELDS = ("query", "list", "rank", "row", "id", "score", "percentile", "source", "provider", "text")
 
@@ -80,10 +79,9 @@ def print_info(doc: Doc, console: Console) -> None:
     for name, value in rows:
         if value is not None:
             table.add_row(name, _plain(str(value)))
-    shown = [fitted for fitted in doc["curvatures"] if fitted.get("statistic") not in INNER]
-    for number, fitted in enumerate(shown):
+    for number, fitted in enumerate(doc["curvatures"]):
         table.add_row("" if number else "curvatures", _plain(_curvature(fitted)))
-    if not shown:
+    if not doc["curvatures"]:
         table.add_row("curvatures", "none fitted yet: `influent fit`, or the first `influent query`, makes one")
     console.print(table)
 
@@ -253,7 +251,7 @@ def _health(health: Any) -> str:
 
 
 def _curvature(fitted: Doc) -> str:
-    name = fitted.get("name") or ("fim" if fitted.get("statistic") == "cholesky" else str(fitted.get("curvature")))
+    name = str(fitted.get("name") or fitted.get("curvature"))
     dampened = fitted.get("damping") and str(fitted["damping"]) not in name
     health = fitted.get("health")
     return f"{name}{', damping ' + str(fitted['damping']) if dampened else ''}" + (

@@ -234,7 +234,7 @@ class Index:
 
 
 def info(index: Index) -> dict[str, Any]:
-    """What an index holds and costs: the document that `influent info --json` prints."""
+    """What an index holds and costs: the document of `influent info --json` but for the curvatures."""
     return {
         "path": index.path,
         "rows": index.n,
@@ -252,7 +252,6 @@ def info(index: Index) -> dict[str, Any]:
         "catalog_bytes": sum(file["bytes"] for file in index.artifact.files.values()),
         "summary": index.summary,
         "notes": index.notes,
-        "curvatures": [_describe(folder) for folder in _fitted(index.store)],
     }
 
 
@@ -299,12 +298,6 @@ def _fitted(store: Store) -> list[Store]:
     """The finished artifacts under curvature/, by name."""
     names = store.names("curvature/")
     return [store.child(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")]
-
-
-def _describe(folder: Store) -> dict[str, Any]:
-    artifact = Artifact.open(folder, kind_of(folder))
-    facts = {"kind": artifact.kind, "digest": artifact.digest, "bytes": sum(r.bytes for r in artifact.records)}
-    return {**artifact.spec, **facts}
 
 
 def _checked(name: str, values: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, lo: int) -> torch.Tensor:

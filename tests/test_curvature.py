@@ -198,7 +198,7 @@ def test_the_trace_of_the_inverse_over_several_panels(monkeypatch):
 
 def test_curvatures_are_found_by_name(tmp_path):
     index = write_index(tmp_path / "index", random_rows(12, {"a": 4}))
-    with pytest.raises(SpecError, match="'fim': not fitted: there is none, and identity"):
+    with pytest.raises(SpecError, match="'fim': not fitted: give --curvature with one of identity"):
         find(index, "fim")
     fit(index, damping=Damping("relative", 0.1))
     q = torch.randn(2, 4)
@@ -206,7 +206,7 @@ def test_curvatures_are_found_by_name(tmp_path):
     assert found.name == "fim:relative:0.1"
     assert torch.equal(found.solver("a")(q), find(index, "fim:relative:0.1").solver("a")(q))
     fit(index, damping=Damping("relative", 0.5))
-    with pytest.raises(SpecError, match="more than one is fitted: there is fim:relative:0.1, fim:relative:0.5"):
+    with pytest.raises(SpecError, match="more than one is fitted: give --curvature with one of fim:relative:0.1, fim:relative:0.5"):
         find(index, "fim")
     assert find(index, "fim:relative:0.5").health()["a"]["lambda"] == pytest.approx(5 * found.health()["a"]["lambda"])
     identity = fit(index, curvature="identity")

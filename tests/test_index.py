@@ -72,7 +72,7 @@ def test_info_is_complete(tmp_path):
     wanted = {
         "rows": 10, "bytes": sum(sizes), "bytes_per_row": sum(sizes) / 10, "layers": 3, "compress": "id",
         "codec": "dense", "dtype": "bfloat16", "skipped": {"empty": 2, "no target tokens": 2},
-        "digest": Index.open(tmp_path).digest, "curvatures": [], "generation": 0,
+        "digest": Index.open(tmp_path).digest, "generation": 0,
     }  # fmt: skip
     assert {key: document[key] for key in wanted} == wanted
     assert json.loads(json.dumps(document)) == document
