@@ -91,10 +91,6 @@ def test_how_it_is_run_does_not_change_a_query(here, run):
     np.testing.assert_allclose(scores_of(here, "clean", **run), scores, rtol=1e-3, atol=1e-4 * np.abs(scores).max())
 
 
-class Killed(BaseException):
-    pass
-
-
 def killer(at: int) -> tuple[Any, list[int]]:
     """A progress callback that interrupts at its call number `at`, and the list of its calls."""
     calls: list[int] = []
