@@ -43,14 +43,15 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def measure(name: str, arguments: list[str]) -> dict:
-    seconds, line, code = [], "", 0
+    seconds, code = [], 0
     for _ in range(REPEATS):
         start = time.perf_counter()
         command = [str(Path(sys.executable).parent / "influent"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         seconds.append(time.perf_counter() - start)
-        line, code = done.stderr.strip().splitlines()[0] if done.stderr.strip() else "", done.returncode
-    return {"command": name, "seconds": statistics.median(seconds), "exit": code, "line": line.split(" ", 1)[-1][:60]}
+        code = done.returncode
+        assert (code == 0) == (name == "help") and done.stderr.count("\n") == (name != "help"), done.stderr
+    return {"command": name, "seconds": statistics.median(seconds), "exit": code}
 
 
 if __name__ == "__main__":

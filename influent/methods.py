@@ -1,38 +1,31 @@
 """The method table, and the verbs of the public API: index, fit, self_influence, info, verify (query: querying.py).
 
 Every published method is a row of METHODS. A verb is the function behind the command of the same name: it takes the
-same options and returns the document that the command prints with --json. Not here: what any of the stages does.
+same options and returns the document that the command prints with --json. The data is checked before torch is
+imported, so that a mistake in it is told at once. Not here: what any of the stages does.
 """
 
-import logging
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from __future__ import annotations
 
-import torch
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from influent import catalog as catalogs
-from influent import curvature as curvatures
-from influent import loading, rowstore, score
-from influent.attach import Attached, Run, Setting, attach
+from influent import rowstore
 from influent.catalog import Catalog
 from influent.compress import Compress
-from influent.curvature import Curvature, Damping
-from influent.errors import CorruptError, DataError, SpecError
-from influent.examples import ids_and_hashes
+from influent.errors import DataError, SpecError
 from influent.progress import Progress
-from influent.reduce import TopK
-from influent.rowstore import Chunk, Index, IndexWriter
+from influent.rowstore import Index
 from influent.storage import Store
-from influent.task import Encodes, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from influent.curvature import Curvature, Damping
+    from influent.task import Task
 
 DEFAULT_DAMPING = "relative:0.1"
-SHARD_BYTES = 256 * 2**20  # of float32 rows held while a shard is filled
-Examples = Callable[[int, int], list[Any]]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +83,19 @@ def index(
     """
     if method not in METHODS:
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
-    setting = Setting(
-        compress=str(Compress.parse(compress or METHODS[method].compress)),
-        layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul, seed=seed,
+    compressor = Compress.parse(compress or METHODS[method].compress)
+    listed = _catalogue(data, Store(out), task=task, limit=limit, keep=catalog, progress=progress)
+    from influent.attach import Run, Setting  # these import torch
+    from influent.filling import fill
+
+    fill(
+        model, data, listed, task=task, method=method, rows=rows, shard_rows=shard_rows, progress=progress,
+        setting=Setting(
+            compress=str(compressor), layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
+            seed=seed,
+        ),
+        run=Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite),
     )  # fmt: skip
-    store = Store(out)
-    listed = _catalogue(data, store, task=task, limit=limit, keep=catalog, progress=progress)
-    run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
-    with attach(model, task, setting, run) as attached:
-        spec = {**attached.identity, "data": listed.digest, "rows": rows}
-        notes = _notes(model, data, method, setting, attached, shard_rows)
-        writer = IndexWriter.open(store, spec, notes=notes)
-        if not writer.committed:
-            _fill(writer, listed, attached, _source(data, listed, attached), progress)
-            writer.commit({"coverage": attached.collector.plan.coverage, "skipped": listed.skipped})
     return info(out)
 
 
@@ -123,6 +115,8 @@ def fit(
     Returns:
         `{"name", "curvature", "damping", "health": {block: {"lambda", "trace", "d_eff", "form"}}}`.
     """
+    from influent import curvature as curvatures
+
     amount = _damping(curvature, damping)
     fitted = curvatures.fit(Index.open(index), curvature=curvature, damping=amount, progress=progress)
     shown = None if amount is None else str(amount)
@@ -142,6 +136,11 @@ def self_influence(
     Returns:
         `{"rows": [{"row", "id", "score", "source", "provider", "text"}], "method": {...}}`, larger first.
     """
+    import torch
+
+    from influent import score
+    from influent.reduce import TopK
+
     opened = Index.open(index)
     fitted = choose_curvature(opened, curvature, damping, progress)
     values = score.self_influence(opened, fitted, progress=progress)
@@ -154,6 +153,8 @@ def self_influence(
 
 def info(index: str) -> dict[str, Any]:
     """What an index holds, what it cost, what was skipped, and what was fitted to it."""
+    from influent import curvature as curvatures
+
     opened = Index.open(index)
     fitted = [
         {"name": name, "health": curvatures.find(opened, name).health()} for name in curvatures.list_fitted(opened)
@@ -172,6 +173,8 @@ def choose_curvature(index: Index, name: str | None, damping: str | None, progre
     Raises:
         SpecError: the name is not fitted, or several are and none was named.
     """
+    from influent import curvature as curvatures
+
     own = METHODS[index.notes["method"]].curvature
     if name is not None and damping is None:
         return curvatures.find(index, name)
@@ -194,6 +197,8 @@ def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
 
 
 def _damping(curvature: str, text: str | None) -> Damping | None:
+    from influent.curvature import Damping
+
     if curvature != "identity":
         return Damping.parse(text or DEFAULT_DAMPING)
     if text is not None:
@@ -212,91 +217,18 @@ def _catalogue(
 ) -> Catalog:
     if keep not in ("text", "reference"):
         raise SpecError(f"catalog is {keep!r}, expected text or reference")
-    if task is None or isinstance(task, Encodes):
+    if task is None or _encodes(task):
         keep = cast(Literal["text", "reference"], keep)
         return catalogs.build(data, store, limit=limit, keep=keep, progress=progress)
+    from influent.examples import ids_and_hashes
+
     pairs = list(ids_and_hashes(data, limit=limit))
     if not pairs:
         raise DataError("the data set has no examples")
     return catalogs.build_from_ids([i for i, _ in pairs], [digest for _, digest in pairs], store)
 
 
-def _source(data: Any, listed: Catalog, attached: Attached) -> Examples:
-    """Where a chunk's examples come from: the catalog, or the caller's data set."""
-    if isinstance(attached.collector.task, Encodes):
-        return listed.examples
-    return lambda lo, hi: [data[i] for i in range(lo, hi)]
+def _encodes(task: Task) -> bool:
+    from influent.task import Encodes
 
-
-def _notes(
-    model: str | nn.Module, data: Any, method: str, setting: Setting, attached: Attached, shard_rows: int | None
-) -> dict[str, Any]:
-    """What an index remembers without it being part of its identity: how to query it again, and how it is cut."""
-    width = sum(attached.collector.widths.values())
-    return {
-        "method": method,
-        "model": loading.noted_path(model) if isinstance(model, str) else type(model).__name__,
-        "model_config": attached.facts,
-        "data": loading.noted_path(data) if isinstance(data, str) else type(data).__name__,
-        "layers": setting.layers,
-        "exclude": setting.exclude,
-        "max_length": setting.max_length,
-        "coverage": attached.collector.plan.coverage,
-        "shard_rows": shard_rows or max(16, min(4096, SHARD_BYTES // (4 * width))),
-    }
-
-
-def _fill(
-    writer: IndexWriter, listed: Catalog, attached: Attached, examples: Examples, progress: Progress | None
-) -> None:
-    """Write the chunks that are not committed yet."""
-    pending = writer.pending(listed.n)
-    todo = sum(chunk.hi - chunk.lo for chunk in pending)
-    entry = torch.finfo(getattr(torch, writer.spec["rows"])).bits // 8
-    size = todo * entry * sum(attached.collector.widths.values())
-    log.info("%d of %d rows to collect, %.1f MB to write to %s", todo, listed.n, size / 1e6, writer.store)
-    _check_room(writer.store, size)
-    done = listed.n - todo
-    for chunk in pending:
-        _write(writer, chunk, listed, attached, examples, _within(progress, done, chunk, listed.n))
-        done += chunk.hi - chunk.lo
-
-
-def _check_room(store: Store, size: int) -> None:
-    folder = store.local("spec.json")
-    if folder is None:
-        return
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        raise CorruptError(
-            f"{store}: disk full: the rows need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "use another --out, --rows bfloat16 or a smaller --compress"
-        )
-
-
-def _within(progress: Progress | None, done: int, chunk: Chunk, total: int) -> Callable[[float], None]:
-    def tell(share: float) -> None:
-        if progress is not None:
-            progress("index", done + int(share * (chunk.hi - chunk.lo)), total)
-
-    return tell
-
-
-def _write(
-    writer: IndexWriter,
-    chunk: Chunk,
-    listed: Catalog,
-    attached: Attached,
-    examples: Examples,
-    tell: Callable[[float], None],
-) -> None:
-    def name(i: int) -> str:
-        row = listed.describe([chunk.lo + i])[0]
-        return f"row {row['row']} (id {row['id']}, {listed.where(row['row'])})"
-
-    made = attached.collector.collect(examples(chunk.lo, chunk.hi), name=name, progress=tell)
-    skipped = {reason: [chunk.lo + i for i in sorted(rows)] for reason, rows in made.skipped.items()}
-    writer.write(
-        chunk, made.rows, loss=made.loss, norm=made.norm, tokens=made.tokens,
-        dtype=writer.spec["rows"], skipped=skipped, split=made.num_split,
-    )  # fmt: skip
+    return isinstance(task, Encodes)

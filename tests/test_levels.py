@@ -16,14 +16,26 @@ LEVELS = [
      "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
     ["collect", "curvature", "extract", "rowstore"],
-    ["attach", "methods", "querying", "score"],
+    ["attach", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
 LAZY = {("cli", "__init__")}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "fsspec"}
-LIGHT = ["cli", "compress", "errors", "preflight", "progress", "artifact", "catalog", "records", "rowstore", "storage"]
+LIGHT = [
+    "cli",
+    "compress",
+    "errors",
+    "methods",
+    "preflight",
+    "progress",
+    "artifact",
+    "catalog",
+    "records",
+    "rowstore",
+    "storage",
+]
 PACKAGE = Path(influent.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
