@@ -6,6 +6,7 @@ with `--json`. Does not: compute. Whatever imports torch is imported inside the 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,9 @@ def index(
     ],
     method: Annotated[str, typer.Option(metavar="NAME", help=", ".join(METHODS))] = "factgrass",
     compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
+    row_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Size of a stored row, e.g. 64KiB; sets the compressor's sizes.")
+    ] = None,
     rows: Annotated[str, typer.Option(metavar="CODEC", help="dense, dense:bf16, float16, …")] = "float32",
     layers: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Layers to track. Default: the blocks' Linears.")
@@ -86,7 +90,7 @@ def index(
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))
     preflight.choice("--catalog", catalog, ("text", "reference"))
-    rows, compress = preflight.rows(rows), preflight.compressor(compress)
+    rows, compress, row_size = preflight.rows(rows), preflight.compressor(compress), preflight.size(row_bytes)
     preflight.pattern("--layers", layers)
     preflight.pattern("--exclude", exclude)
     preflight.data(data)
@@ -97,7 +101,8 @@ def index(
     preflight.place(out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics})
     with _progress() as progress:
         document = influent.index(
-            model, data, out=out, method=method, compress=compress, rows=rows, layers=layers, exclude=exclude,
+            model, data, out=out, method=method, compress=compress, row_bytes=row_size, rows=rows, layers=layers,
+            exclude=exclude,
             max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=cast(Any, catalog),
             shard_rows=shard_rows, limit=limit, seed=seed, skip_nonfinite=skip_nonfinite, device=device,
             progress=progress,
@@ -234,12 +239,11 @@ def demo(
     Takes under three minutes on two cores.
     """
     from influent.demo import demo as run
+    from influent.demo import page
 
     with _progress() as progress:
         document = run(out, progress=progress)
-    from influent.report import print_query
-
-    _print(document, print_query, json=json)
+    _print(document, page, json=json)
 
 
 def main() -> None:
@@ -295,6 +299,7 @@ def _progress() -> Iterator[Progress]:
         yield lambda stage, done, total: None
         return
     from rich.console import Console
+    from rich.logging import RichHandler
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -308,7 +313,11 @@ def _progress() -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    logger, handler = logging.getLogger("influent"), RichHandler(console=console, show_path=False, show_level=False)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)  # what is about to be written, and how much
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int, /) -> None:

@@ -68,6 +68,17 @@ class Compress:
     def __str__(self) -> str:
         return " | ".join(map(str, self.stages)) or "id"
 
+    def width(self, block: "Block") -> int:
+        """Entries of a block's row: every size is capped at the width it is applied to."""
+        inner, outer, flat = block.in_width, block.out_width, block.width
+        for stage in self.stages:
+            if stage.out is not None and not block.is_vector:
+                inner, outer = min(inner, stage.size), min(outer, stage.out)
+                flat = inner * outer
+            else:
+                flat = min(flat, stage.size * (stage.out or 1))
+        return flat
+
     def bind(self, block: "Block", seed: int) -> "Bound":
         """The maps of this compressor for one block: a pure function of (self, block, seed)."""
         from influent.bind import bind

@@ -7,6 +7,7 @@ imported, so that a mistake in it is told at once. Not here: what any of the sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -33,15 +34,33 @@ class Method:
     """One row of the table: what is differentiated, how it is compressed, and the curvature a query uses by default."""
 
     target: str
-    compress: str
+    sized: Callable[[int], str]  # the compressor whose rows have side * side entries a layer
     curvature: str
 
+    @property
+    def compress(self) -> str:
+        """The compressor at its default size, 4,096 entries a layer."""
+        return self.sized(DEFAULT_SIDE)
 
+
+def _factgrass(side: int) -> str:
+    return f"mask:{2 * side}x{2 * side} | sjlt:{side * side}"
+
+
+def _grass(side: int) -> str:
+    return f"mask:{4 * side * side} | sjlt:{side * side}"
+
+
+def _logra(side: int) -> str:
+    return f"gauss:{side}x{side}"
+
+
+DEFAULT_SIDE = 64
 METHODS: dict[str, Method] = {
-    "factgrass": Method("loss", "mask:128x128 | sjlt:4096", "fim"),
-    "grass": Method("loss", "mask:16384 | sjlt:4096", "fim"),
-    "logra": Method("loss", "gauss:64x64", "fim"),
-    "graddot": Method("loss", "mask:128x128 | sjlt:4096", "identity"),
+    "factgrass": Method("loss", _factgrass, "fim"),
+    "grass": Method("loss", _grass, "fim"),
+    "logra": Method("loss", _logra, "fim"),
+    "graddot": Method("loss", _factgrass, "identity"),
 }
 
 
@@ -52,6 +71,7 @@ def index(
     *,
     method: str = "factgrass",
     compress: str | None = None,
+    row_bytes: int | None = None,
     rows: str = "float32",
     layers: str | None = None,
     exclude: str | None = None,
@@ -73,6 +93,7 @@ def index(
     Args:
         model: a Hugging Face folder, hub name or GGUF file of a causal language model; or any module, with its `task`.
         data: a file, folder, hub name or sequence of records; for a task without records, a map-style data set.
+        row_bytes: the size of a stored row; the method's compressor is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
 
     Returns:
@@ -83,15 +104,19 @@ def index(
     """
     if method not in METHODS:
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
-    compressor = Compress.parse(compress or METHODS[method].compress)
+    if compress is not None and row_bytes is not None:
+        raise SpecError("give --compress or --row-bytes, not both: each sets the size of a row")
+    Compress.parse(compress or METHODS[method].compress)
     listed = _catalogue(data, Store(out), task=task, limit=limit, keep=catalog, progress=progress)
-    from influent.attach import Run, Setting  # these import torch
+    from influent.attach import Budget, Run, Setting  # these import torch
     from influent.filling import fill
 
     fill(
         model, data, listed, task=task, method=method, rows=rows, shard_rows=shard_rows, progress=progress,
         setting=Setting(
-            compress=str(compressor), layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
+            compress=compress or METHODS[method].compress,
+            budget=None if row_bytes is None else Budget(row_bytes, rows, METHODS[method].sized),
+            layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
             seed=seed,
         ),
         run=Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite),

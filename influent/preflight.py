@@ -44,6 +44,16 @@ def rows(text: str) -> str:
     return name
 
 
+def size(text: str | None) -> int | None:
+    """Bytes: a number with B, KB, MB, GB (powers of 1,000), KiB, MiB or GiB (of 1,024), or none of them."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise SpecError(f"--row-bytes: expected a size such as 65536, 64KiB or 0.5MB, got {text!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
+
+
 def compressor(text: str | None) -> str | None:
     """The canonical text of a compressor; SpecError when it does not parse."""
     return None if text is None else str(Compress.parse(text))

@@ -23,6 +23,7 @@ from influent.rowstore import Index
 from influent.storage import Store
 from influent.task import Encodes, Task
 
+NORMALIZATIONS = ("none", "cosine", "relatif")
 SIGN = "positive = training on it lowered this loss"
 
 
@@ -61,6 +62,8 @@ def query(
         MismatchError: the model or task is not the one that was indexed.
         SpecError, DataError, NumericsError: as their classes say.
     """
+    if normalize not in NORMALIZATIONS:  # before anything is computed
+        raise SpecError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZATIONS)}")
     opened = Index.open(index)
     given = _given(prompt, completion, queries)
     asked, shown = _read(given, opened, task)
