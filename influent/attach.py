@@ -34,7 +34,7 @@ class Budget:
     sized: Callable[[int], str]
 
     def choose(self, tracked: Plan) -> str:
-        """The compressor's text; each layer gets the same size, capped at its own. SpecError if none is small enough."""
+        """The compressor's text; each layer gets one size, capped at its own. SpecError if none is small enough."""
         entry = torch.finfo(getattr(torch, self.rows)).bits // 8
 
         def fits(side: int) -> bool:

@@ -11,8 +11,8 @@ from small_index import random_rows, write_index
 from influent import score as score_module
 from influent.curvature import Damping, fit
 from influent.errors import DataError, MismatchError, NumericsError, SpecError
-from influent.rowstore import Shard
 from influent.reduce import Full, Moments, SumBy, TopK
+from influent.rowstore import Shard
 from influent.score import contrast, precondition, score, self_influence
 
 WIDTHS = {"a": 5, "b": 17, "c": 1}
