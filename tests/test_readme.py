@@ -51,3 +51,8 @@ def test_the_two_commands_are_targets_of_the_makefile():
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", blocks("sh")[0], flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M)
+
+
+def test_the_table_of_costs_is_that_of_the_committed_results():
+    script = Path(__file__).parent.parent / "benchmarks" / "readme.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0

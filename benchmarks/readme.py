@@ -1,0 +1,85 @@
+"""Write the README's table of costs from the committed results. `python benchmarks/readme.py [--check]`"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from environment import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not up to date")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if arguments.check:
+        sys.exit(made != text)
+    README.write_text(made)
+
+
+def table() -> str:
+    indexing, compression = load("indexing"), load("compression")
+    memory, startup, facts = load("memory"), load("startup"), load("fact_tracing")
+    exact, fast = indexing["results"]
+    sizes = {row["compress"]: row for row in indexing["bytes_per_row"]}
+    ratio = {(r["condition"], r["matmul"], r["k"]): r["ratio"] for r in compression["summed_over_shapes"]}
+    peaks = {(p["stage"], p["rows"]): p["peak_mib"] for p in memory["peaks"]}
+    few, many = min(rows for _, rows in peaks), max(rows for _, rows in peaks)
+    errors = [c["seconds"] for c in startup["commands"] if c["command"] != "help"]
+    help_seconds = next(c["seconds"] for c in startup["commands"] if c["command"] == "help")
+    environment = indexing["environment"]
+    rows = [
+        ("indexing, SmolLM2-135M, all 210 Linears, float32",
+         f"{exact['tokens_per_second']['collect factgrass']:.0f} tokens/s: {exact['collect_over_bare']:.2f} x the bare "
+         f"forward and activation backward, {exact['train_over_collect']:.2f} x faster than a training step"),
+        ("the same with `--matmul medium`",
+         f"{fast['tokens_per_second']['collect factgrass']:.0f} tokens/s: {fast['collect_over_bare']:.2f} x, "
+         f"{fast['train_over_collect']:.2f} x"),
+        ("compression alone, FactGraSS over LoGRA, Llama-3.1-8B shapes, k_l = 256 / 1,024 / 4,096",
+         "; ".join(f"{condition} {ratios(ratio, condition)}" for condition in ("repeated", "fresh", "cold"))),
+        ("a stored row, bfloat16, k_l = 256 / 1,024 / 4,096",
+         " / ".join(f"{row['bfloat16'] / 1e6:.2f} MB" for row in sizes.values())),
+        (f"peak memory, {few:,} and {many:,} rows (tiny model)",
+         "; ".join(f"{stage} {peaks[stage, few]:.0f} and {peaks[stage, many]:.0f} MiB"
+                   for stage in ("index", "fit", "query"))),
+        ("`influent --help`; the line of an input error",
+         f"{help_seconds:.2f} s; {min(errors):.2f} to {max(errors):.2f} s"),
+        *fact_rows(facts),
+    ]  # fmt: skip
+    lines = ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    cpu = f"{environment['threads']} threads of an {environment['cpu'].replace('(R)', '')}"
+    return "\n".join([*lines, "", f"On {cpu}, torch {environment['torch']}; scripts and JSON in `benchmarks/`."])
+
+
+def ratios(found: dict[tuple[str, str, int], float], condition: str) -> str:
+    return " / ".join(f"{found[condition, 'highest', k]:.1f} x" for k in (256, 1024, 4096))
+
+
+def fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Finding the passage that holds a fact: the best setting of each damping, and BM25."""
+    found = [r for r in facts["results"] if r.get("completion") == "fact"]
+    bm25 = next(r for r in found if r["method"] == "bm25")
+    plain = [r for r in found if r["method"] != "bm25" and r["normalize"] == "none"]
+    best = {
+        d: max((r for r in plain if r["damping"] == d), key=lambda r: r["mrr"]) for d in {r["damping"] for r in plain}
+    }
+    order = sorted(best, key=lambda d: (d != "identity", float(d.split(":")[1]) if ":" in d else 0.0))
+    shown = "; ".join(f"{d} {best[d]['mrr']:.2f}" for d in order)
+    name = f"finding the passage of a given fact, {facts['questions']} questions, {facts['passages']} passages, MRR"
+    return [(name, f"{shown}; BM25 {bm25['mrr']:.2f}")]
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
