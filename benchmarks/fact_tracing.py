@@ -182,7 +182,7 @@ def run(work: Path, out: Path, say: Callable[[str], object]) -> None:
         results += reported(method, asked, word_ranks(rows, asked, words), right)
     for compress in COMPRESSORS:
         folder = work / re.sub(r"\W+", "-", compress)
-        facts = index(str(model), rows, str(folder), compress=compress)
+        facts = index(str(model), rows, str(folder), compress=compress, token_budget=1024)
         size = {"method": "factgrass", "compress": compress, "bytes_per_row": round(facts["bytes_per_row"])}
         for setting, places in sweep(Index.open(folder), model, asked, ends):
             found = list(reported({**size, **setting}, asked, places, right))

@@ -57,7 +57,7 @@ def passages(path: Path) -> list[dict[str, str]]:
 
 
 # The settings that found the fact's passage best among those of benchmarks/fact_tracing.py at this size.
-COMPRESS, ROWS, MATMUL, DAMPING = "mask:64x64 | sjlt:1024", "float16", "medium", "relative:1"
+COMPRESS, ROWS, DAMPING = "mask:64x64 | sjlt:1024", "float16", "relative:1"
 # Sentences that the model ends rightly, and the passage that states the fact.
 QUESTIONS = (
     ("The highest mountain in Japan is", "japan/geography/elevation"),
@@ -67,6 +67,8 @@ QUESTIONS = (
 # hit@1 over all questions of benchmarks/results/fact_tracing.json with the fact as the answer; a test compares them.
 MEASURED = {"questions": 127, "influence": 0.65, "bm25": 0.76}
 SHOWN = 5
+# The passages are short: in small batches of like lengths less of the work is padding than at the default.
+TOKEN_BUDGET = 1024
 
 
 def demo(out: str = "demo-index", *, progress: Progress | None = None) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def demo(out: str = "demo-index", *, progress: Progress | None = None) -> dict[s
     from influent import methods, querying  # only now: they load torch, which a failed fetch should not wait for
 
     with _timed(seconds, "index", None):
-        info = methods.index(model, rows, out, compress=COMPRESS, rows=ROWS, matmul=MATMUL, progress=progress)
+        info = methods.index(
+            model, rows, out, compress=COMPRESS, rows=ROWS, token_budget=TOKEN_BUDGET, progress=progress
+        )
     with _timed(seconds, "fit", None):
         methods.fit(out, damping=DAMPING, progress=progress)
     prompts = [prompt for prompt, _ in QUESTIONS]
