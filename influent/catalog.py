@@ -131,7 +131,7 @@ class Catalog:
         """Every row's readable text in order, one row group in memory at a time."""
         file, starts = self._file()
         for group in range(len(starts) - 1):
-            for part in file.read_row_group(group, columns=["text", "example", "ref", "hash"]).to_pylist():
+            for part in file.read_row_group(group, columns=["row", "text", "example", "ref", "hash"]).to_pylist():
                 yield (part["text"] if part["ref"] is None else display_text(self._content(part))) or ""
 
     def verify(self) -> list[str]:

@@ -272,7 +272,7 @@ def _jsonl(stream: BinaryIO, path: str) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            fields = json.loads(text)
+            fields = json.loads(text.rstrip("\r\n"))  # so that an error at its end is not one at column 0
         except (ValueError, RecursionError) as e:
             why = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             raise DataError(f"{path}:{line}: not JSON ({why}); expected one JSON object per line") from e

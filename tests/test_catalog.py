@@ -165,6 +165,8 @@ def test_datasets_in_memory_and_saved(tmp_path: Path) -> None:
 BAD: list[tuple[str, bytes, str]] = [
     ("d.jsonl", b'{"text": "a"}\n\xff\n', r"d\.jsonl:2: not UTF-8: got byte 0xff at column 1"),
     ("d.jsonl", b'{"text": "a"}\n\n{"text": \n', r"d\.jsonl:3: not JSON"),
+    ("d.jsonl", b'{"text": "a"\n{"text": "b"}\n', r"d\.jsonl:1: not JSON \(.* at column 13\)"),
+    ("d.jsonl", b'{"text": "a"\r\n{"text": "b"}\r\n', r"d\.jsonl:1: not JSON \(.* at column 13\)"),
     ("d.jsonl", b"[" * 100_000, r"d\.jsonl:1: not JSON"),
     ("d.jsonl", b'["text"]', r"d\.jsonl:1: expected a JSON object per line, got a list"),
     ("d.json", b"[\n{}\n]", r"d\.json:1: not JSON"),
@@ -262,6 +264,8 @@ def test_a_changed_file_is_noticed_in_reference_mode(tmp_path: Path) -> None:
     data.write_text(data.read_text().replace("Paris", "Lyons"))
     with pytest.raises(DataError, match="row 1 has changed since it was indexed"):
         catalog.example(1)
+    with pytest.raises(DataError, match="row 1 has changed since it was indexed"):
+        list(catalog.texts())
     assert len(catalog.verify()) == 1
     data.write_text("x\n")
     with pytest.raises(DataError, match="has changed since it was indexed"):
