@@ -189,6 +189,7 @@ class Artifact:
         self._by_name = {record.name: record for record in self.records}
         self._spec_hash: str = manifest["spec_hash"]
         self._last: Payload | None = None
+        self._sound: set[str] = set()
 
     @classmethod
     def open(cls, store: Store, kind: str) -> Artifact:
@@ -214,12 +215,23 @@ class Artifact:
 
     def tensors(self, name: str) -> Payload:
         """The tensors of one shard: views of one memory mapping from a local store, fetched one by one from a remote
-        one. Sizes and offsets are checked here, hashes by `verify`."""
+        one. Sizes and offsets are checked here, hashes by `check` and `verify`."""
         record = self._by_name[name]
         if self._last is None or self._last.name != record.payload:
             # One shard stays open; more, and a scan's resident memory would grow with the index.
             self._last = Payload(self.store, record.payload, record.bytes)
         return self._last
+
+    def check(self, name: str, *, mend: str = "") -> None:
+        """Raises CorruptError, naming the shard and what mends it, unless its bytes are those that were committed.
+
+        Reads the whole payload, and remembers the answer: a later check of this shard costs nothing.
+        """
+        if name not in self._sound:
+            record = self._by_name[name]
+            if problem := self._compare(record.payload, record.bytes, record.hash, mend=mend):
+                raise CorruptError(problem)
+            self._sound.add(name)
 
     def verify(self) -> list[str]:
         """Every difference between the directory and what was committed, one line each; empty when it is sound."""

@@ -24,6 +24,7 @@ from .gram import (
     RowSource,
     Unchanged,
     Vanishing,
+    check_bytes,
     cholesky,
     gram,
     pack,
@@ -75,7 +76,7 @@ class Damping:
 class Solver:
     """One block's curvature, inverted: q [Q, K] -> (F + lambda I)^-1 q, computed in float64, in the dtype of q.
 
-    Raises NumericsError, naming the block, when q or the answer is not finite.
+    Raises NumericsError, naming the block, when q, the rows or the answer is not finite.
     """
 
     rows: BlockRows
@@ -87,7 +88,10 @@ class Solver:
             raise MismatchError(f"block {block!r}: expected queries of width {width}, got {q.shape[1]}")
         if not bool(q.isfinite().all()):
             raise NumericsError(f"block {block!r}: a query's gradient is not finite: look at the query's loss")
-        answer = self.inverse(q.detach().cpu().double()).to(q.dtype)
+        exact = self.inverse(q.detach().cpu().double())
+        if not bool(exact.isfinite().all()):  # in float64, in which finite rows and queries do not overflow
+            raise NumericsError(f"block {block!r}: the index's rows are not finite: run `influent verify` on the index")
+        answer = exact.to(q.dtype)
         if not bool(answer.isfinite().all()):
             raise NumericsError(f"block {block!r}: the preconditioned query is not finite: raise the damping")
         return answer
@@ -125,7 +129,7 @@ class Identity:
 
 
 class FIM:
-    """The damped block-diagonal Fisher matrix F = (1/N) sum_i g_i g_i^T, factored: section 1 of the methods page.
+    """The damped block-diagonal Fisher matrix F = (1/N) sum_i g_i g_i^T, factored: see docs/scores.md.
 
     A factor is read when its solver is asked for and freed with it: one block in memory at a time.
     """
@@ -141,6 +145,7 @@ class FIM:
         meta = self._meta[key]
         if meta["form"] == "zero":
             return Solver(rows, Vanishing())
+        self.factors.check(key)
         factor = unpack(self.factors.tensors(key)["factor"])
         if meta["form"] == "primal":
             return Solver(rows, Primal(factor, self.index.n))
@@ -204,9 +209,16 @@ Compute = Callable[[str], tuple[Mapping[str, Tensor], dict[str, Any]]]
 def write_blocks(
     index: RowSource, kind: str, spec: dict[str, Any], compute: Compute, *, progress: Progress | None = None
 ) -> Artifact:
-    """One artifact under `curvature/` with a payload (tensors, facts) per block; blocks already there are kept."""
+    """One artifact under `curvature/` with a payload (tensors, facts) per block; blocks already there are kept.
+
+    Raises CorruptError, naming the shard, before it computes anything from rows that are not the committed ones:
+    what is kept here would outlive the damage.
+    """
     writer = ArtifactWriter.open(_place(index, digest(spec)), kind, spec)
     if not writer.committed:
+        if kind != "cholesky":  # which is computed from the Gram matrix alone
+            for shard in index.shards:
+                check_bytes(shard)
         for done, key in enumerate(index.widths, start=1):
             if key not in writer.records:
                 writer.put(key, *compute(key))
@@ -244,6 +256,7 @@ def _factor(index: RowSource, grams: Artifact, damping: Damping) -> Compute:
                 "expected a damping above 0"
             )
         shift = rows.num_rows * amount
+        grams.check(key)
         factor = cholesky(unpack(grams.tensors(key)["gram"]), shift, block=key)
         d_eff = rank - shift * trace_of_inverse(factor)
         return {"factor": pack(factor)}, meta | {"d_eff": min(max(d_eff, 0.0), float(rank))}

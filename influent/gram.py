@@ -41,6 +41,19 @@ class Shard(Protocol):
 
 
 @runtime_checkable
+class Checkable(Protocol):
+    """A shard that knows the hash of its bytes; rows that were never stored have none."""
+
+    def check(self) -> None: ...
+
+
+def check_bytes(shard: Shard) -> None:
+    """Raises CorruptError, naming the shard, when its stored bytes are not those that were committed."""
+    if isinstance(shard, Checkable):
+        shard.check()
+
+
+@runtime_checkable
 class RowSource(Protocol):
     """Stored rows of every block, in shards: what `index.Index` is to the levels above the row store."""
 

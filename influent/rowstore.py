@@ -158,6 +158,17 @@ class Shard:
         """ "loss", "norm" or "tokens" of each row, [n] float32."""
         return self._read(STATS[name], "float32", (len(self),))
 
+    def check(self) -> None:
+        """Raises CorruptError, naming the shard, unless every byte is as committed; once per opened index.
+
+        Costs a read of the payload (about 1 ms per MB), from a remote store a second transfer of it.
+        """
+        mend = (
+            f"delete {self._record.payload} and manifest.json there, then run the `influent index` command that made "
+            "the index again: it redoes this shard alone (`influent verify` lists all damage)"
+        )
+        self._index.artifact.check(self.name, mend=mend)
+
     def verify(self) -> list[str]:
         """What is wrong with the payload, which must hold the layout's tensors, no others, and the ids lo..hi-1.
 

@@ -5,8 +5,9 @@ Shards outside, blocks inside: each stored row is read once, whatever is asked. 
 business; fitting is `curvature.py`'s.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .artifact import Artifact
 from .curvature import Curvature, write_blocks
 from .errors import DataError, MismatchError, NumericsError, SpecError
-from .gram import RowSource, Shard
+from .gram import RowSource, Shard, check_bytes
 from .progress import Progress
 from .reduce import Reducer
 
@@ -44,7 +45,8 @@ def score(
     measured quantity further the query's way. `normalize` is `none`, `cosine`, s / (|q| |g_i|), or `relatif`,
     s / sqrt(h_i) with h the `self_influence` [N] under the same curvature (Barshan et al., 2020). A row of zeros
     scores 0 in each of them.
-    Raises MismatchError for queries that do not fit the index, NumericsError for values that are not finite.
+    Raises MismatchError for queries that do not fit the index, NumericsError for values that are not finite, and
+    CorruptError, naming the shard, when its bytes are not those that were committed.
     """
     num_queries = _check(index, queries, normalize, self_influence)
     parts = {key: list(_columns(queries[key].detach().cpu().float())) for key in index.widths}
@@ -55,7 +57,10 @@ def score(
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
     with _full_float32():
         for shard in index.shards:
+            check_bytes(shard)  # just before its rows are scored, which then come from the page cache
             for ids, scores, squares in _raw_scores(shard, parts, norms=normalize == "cosine"):
+                if not isfinite(float(scores.sum())):
+                    _blame_rows(shard, parts)
                 if normalize == "cosine":
                     scores = _divide(scores, length[:, None] * squares.sqrt())
                 elif spread is not None:
@@ -116,6 +121,7 @@ def self_influence(index: RowSource, curvature: Curvature, *, progress: Progress
 def _total(blocks: Artifact, num_rows: int) -> Float[Tensor, " N"]:
     total = torch.zeros(num_rows, dtype=torch.float64)
     for record in blocks.records:
+        blocks.check(record.name)
         total += blocks.tensors(record.name)["self_influence"]
     return total.float()
 
@@ -162,6 +168,18 @@ def _squares(g: Tensor) -> Tensor:
             norms[unsafe] = torch.linalg.vector_norm(piece[unsafe].double(), dim=1)
         total += norms.square()
     return total
+
+
+def _blame_rows(shard: Shard, keys: Iterable[str]) -> None:
+    """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
+    for key in keys:
+        finite = shard.rows(key).isfinite().all(dim=1)
+        if not bool(finite.all()):
+            row = shard.lo + int((~finite).nonzero()[0])
+            raise NumericsError(
+                f"shard {shard.name}, block {key!r}, row {row}: the index's rows are not finite: run `influent verify` "
+                "on the index"
+            )
 
 
 def _columns(q: Tensor) -> Iterator[Tensor]:

@@ -13,9 +13,9 @@ from small_index import random_rows, write_index
 from influent import curvature as curvature_module
 from influent import gram as gram_module
 from influent.curvature import Damping, find, fit, list_fitted
-from influent.errors import DataError, InfluentError, MismatchError, NumericsError, SpecError
+from influent.errors import CorruptError, DataError, InfluentError, MismatchError, NumericsError, SpecError
 from influent.gram import BlockRows, Dual, Primal, cholesky, gram, pack, trace_of_inverse, unpack
-from influent.rowstore import Shard
+from influent.rowstore import Index, Shard
 
 SHAPES = [(1, 6), (1, 1), (4, 7), (7, 7), (8, 7), (40, 7), (40, 1)]  # N, K
 DAMPINGS = ["relative:0.1", "relative:1e-5", "absolute:0.01"]
@@ -272,3 +272,48 @@ def test_damping_prints_what_it_parses(unit, value):
 def test_bad_dampings(text):
     with pytest.raises(SpecError, match="^damping: expected"):
         Damping.parse(text)
+
+
+def flip(path: Path) -> None:
+    """One bit of the last byte: in a row, whose shape and offsets stay right."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_nothing_is_kept_of_a_damaged_shard(tmp_path):
+    write_index(tmp_path / "index", random_rows(12, {"a": 4}))
+    flip(tmp_path / "index" / "shards" / "000001.safetensors")
+    for _ in range(2):
+        message = r"index/shards/000001\.safetensors: its hash is not the committed one; delete .* `influent index`"
+        with pytest.raises(CorruptError, match=message):
+            fit(Index.open(tmp_path / "index"), damping=Damping("relative", 0.1))
+    assert not list(tmp_path.glob("index/curvature/*/shards/*"))
+
+
+def test_a_finished_fit_is_reopened_without_reading_the_rows(tmp_path, monkeypatch):
+    index = write_index(tmp_path / "index", random_rows(12, {"a": 4}))
+    fit(index, damping=Damping("relative", 0.1))
+    flip(tmp_path / "index" / "shards" / "000001.safetensors")
+    monkeypatch.setattr(Shard, "check", None)
+    fit(Index.open(tmp_path / "index"), damping=Damping("relative", 0.1))
+    fit(Index.open(tmp_path / "index"), damping=Damping("relative", 0.2))  # needs the Gram matrix alone
+
+
+@pytest.mark.parametrize(("kind", "again"), [("cholesky", 0.1), ("gram", 0.2)])
+def test_a_damaged_fit_is_named(tmp_path, kind, again):
+    index = write_index(tmp_path / "index", random_rows(12, {"a": 4}))
+    fit(index, damping=Damping("relative", 0.1))
+    damaged = next(p for p in tmp_path.glob("index/curvature/*") if f'"kind":"{kind}"' in (p / "spec.json").read_text())
+    flip(damaged / "shards" / "a.safetensors")
+    with pytest.raises(CorruptError, match=rf"{damaged.name}/shards/a\.safetensors: its hash is not the committed one"):
+        fit(index, damping=Damping("relative", again)).solver("a")
+
+
+def test_rows_that_are_not_finite_are_not_blamed_on_the_damping(tmp_path):
+    index = write_index(tmp_path / "index", random_rows(3, {"a": 4}))
+    solver = fit(index, damping=Damping("relative", 0.1)).solver("a")
+    solver.inverse.packed_gram.mul_(float("nan"))
+    solver.inverse.factor.mul_(float("nan"))
+    with pytest.raises(NumericsError, match="block 'a': the index's rows are not finite: run `influent verify`"):
+        solver(torch.ones(1, 4))

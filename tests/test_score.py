@@ -8,11 +8,12 @@ import pytest
 import torch
 from small_index import random_rows, write_index
 
+from influent import artifact as artifact_module
 from influent import score as score_module
 from influent.curvature import Damping, fit
-from influent.errors import DataError, MismatchError, NumericsError, SpecError
+from influent.errors import CorruptError, DataError, MismatchError, NumericsError, SpecError
 from influent.reduce import Full, Moments, SumBy, TopK
-from influent.rowstore import Shard
+from influent.rowstore import Index, Shard
 from influent.score import contrast, precondition, score, self_influence
 
 WIDTHS = {"a": 5, "b": 17, "c": 1}
@@ -269,3 +270,51 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, request):
         command = [sys.executable, "-c", MEASURE, str(request.path.parent), str(path)]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024)
     assert peaks[1] - peaks[0] < 16, f"peak MiB {peaks}; the larger index is 47 MiB"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_damaged_shard_is_named_and_no_score_comes_of_it(tmp_path, remote):
+    path = f"memory://{tmp_path.name}/index" if remote else tmp_path / "index"
+    store = write_index(path, random_rows(9, WIDTHS)).store
+    name = "shards/000001.safetensors"
+    data = bytearray(store.get(name))
+    data[-1] ^= 1
+    store.put(name, bytes(data))
+    message = r"index/shards/000001\.safetensors: its hash is not the committed one; delete .* `influent index`"
+    with pytest.raises(CorruptError, match=message):
+        all_scores(Index.open(path), some_queries(WIDTHS, 2))
+
+
+def test_each_shard_is_hashed_once(tmp_path, monkeypatch):
+    index = write_index(tmp_path / "index", random_rows(9, WIDTHS))
+    hashed, real = [], artifact_module.hash_object
+    monkeypatch.setattr(artifact_module, "hash_object", lambda store, name: hashed.append(name) or real(store, name))
+    self_influence(index, fit(index, curvature="identity"))
+    all_scores(index, some_queries(WIDTHS, 2))
+    assert sorted(name for name in hashed if name.startswith("shards/0")) == [
+        "shards/000000.safetensors", "shards/000001.safetensors"
+    ]  # fmt: skip
+
+
+class Unstored:
+    """Rows that no file holds: a shard without a hash."""
+
+    def __init__(self, shard: Shard, block: str, value: float):
+        self.lo, self.hi, self.name, self.ids = shard.lo, shard.hi, shard.name, shard.ids
+        self.read, self.block, self.value = shard.rows, block, value
+
+    def rows(self, key: str) -> torch.Tensor:
+        rows = self.read(key).clone()
+        if key == self.block:
+            rows[2, 0] = self.value
+        return rows
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_row_that_is_not_finite_is_blamed_and_not_the_query(tmp_path, normalize, value):
+    index = write_index(tmp_path / "index", random_rows(9, WIDTHS))
+    index.shards = [Unstored(shard, "b" if shard.lo else "none", value) for shard in index.shards]
+    message = "shard 000001, block 'b', row 7: the index's rows are not finite: run `influent verify`"
+    with pytest.raises(NumericsError, match=message):
+        all_scores(index, some_queries(WIDTHS, 2), normalize=normalize)
