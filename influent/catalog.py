@@ -13,8 +13,8 @@ every row in order of its 16-byte content hash, the id's length in UTF-8 bytes a
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import re
 import struct
 import tempfile
@@ -27,12 +27,15 @@ from typing import Any, Literal
 
 from influent.errors import CorruptError, DataError, FormatError, MismatchError, SpecError
 from influent.progress import Progress
+from influent.ranged import Ranged, hash_object
 from influent.records import Example, content_hash, display_text, read_examples, read_ref
 from influent.storage import Store
 
-ROWS, RECORD, SPEC = "catalog.parquet", "catalog.json", "spec.json"
+ROWS, RECORD, SPEC, MANIFEST = "catalog.parquet", "catalog.json", "spec.json", "manifest.json"
 GROUP_ROWS, GROUP_CHARS = 4096, 8 << 20  # a row group is closed at whichever comes first
 SHOWN_SKIPS = 5
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -140,7 +143,7 @@ class Catalog:
             return [f"{self.store}/{ROWS}: missing"]
         if self.store.size(ROWS) != self.bytes:
             return [f"{self.store}/{ROWS}: expected {self.bytes} bytes, got {self.store.size(ROWS)}"]
-        got = _hash_object(self.store, ROWS, self.bytes)
+        got = hash_object(self.store, ROWS)
         if got != self.hash:
             return [f"{self.store}/{ROWS}: expected {self.hash}, got {got}"]
         problems = []
@@ -176,7 +179,7 @@ class Catalog:
             local = self.store.local(ROWS)
             try:
                 file = (
-                    pq.ParquetFile(str(local), memory_map=True) if local else pq.ParquetFile(_Ranged(self.store, ROWS))
+                    pq.ParquetFile(str(local), memory_map=True) if local else pq.ParquetFile(Ranged(self.store, ROWS))
                 )
             except (pa.ArrowException, OSError) as e:
                 raise CorruptError(f"{self.store}/{ROWS}: not readable ({str(e).splitlines()[0]})") from e
@@ -280,9 +283,9 @@ def _write(rows: Iterator[_Row], store: Store, skips: _Skips, keep: str, progres
             "skipped": skips.counts,
             "skipped_at": skips.places,
             "bytes": path.stat().st_size,
-            "hash": _hash_file(path),
+            "hash": hash_object(Store(folder), ROWS),
         }
-        kept = _existing(store, record)
+        kept = _existing(store, record, path)
         if kept is not None:
             return kept
         store.put_file(ROWS, path)
@@ -290,19 +293,57 @@ def _write(rows: Iterator[_Row], store: Store, skips: _Skips, keep: str, progres
     return Catalog.open(store)
 
 
-def _existing(store: Store, record: dict[str, Any]) -> Catalog | None:
-    """The catalog already there if it is of the same data; an index's catalog is never replaced by another's."""
-    if not store.exists(RECORD):
-        return None
-    old = Catalog.open(store)
-    if old.digest == record["digest"] and store.exists(ROWS) and store.size(ROWS) == old.bytes:
-        return old
-    if store.exists(SPEC):
+def _existing(store: Store, record: dict[str, Any], fresh: Path) -> Catalog | None:
+    """The sound catalog of the same rows that is already there, else None: `fresh` is to be stored.
+
+    An index's catalog is replaced only by one of the same data: a damaged one, or other labels before the commit.
+    """
+    old, sound = None, False
+    if store.exists(RECORD):
+        try:
+            old = Catalog.open(store)
+            sound = hash_object(store, ROWS) == old.hash
+        except CorruptError:
+            log.warning("%s: its catalog is damaged; written again", store)
+    expected = _indexed(store) or (old.digest if old and store.exists(SPEC) else record["digest"])
+    if expected != record["digest"]:
         raise MismatchError(
-            f"{store}: the data differs from what this index was built from: expected {old.n} rows {old.digest[:28]}, "
-            f"got {record['rows']} rows {record['digest'][:28]}; restore the data or give another --out"
+            f"{store}: the data differs from what this index was built from: expected {expected[:28]}, "
+            f"got {record['digest'][:28]} ({record['rows']} rows); restore the data or give another --out"
         )
+    if old is None or not sound or old.digest != record["digest"]:
+        return None
+    change = None if old.hash == record["hash"] else _relabelled(old, fresh)
+    if change is not None and store.exists(MANIFEST):
+        raise MismatchError(
+            f"{store}: {change}; restore the data, give another --out, or delete {MANIFEST} there and run the same "
+            "command again to keep the rows and take the new labels"
+        )
+    return old if change is None else None
+
+
+def _indexed(store: Store) -> str | None:
+    """The digest of the data that the index here is of; None without a readable spec, which its writer refuses."""
+    try:
+        return str(json.loads(store.get(SPEC))["spec"]["data"]) if store.exists(SPEC) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _relabelled(old: Catalog, fresh: Path) -> str | None:
+    """The first row whose source or provider differs, as a message. By value: Parquet's bytes vary with its writer."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(fresh) as file:
+        for row, (was, now) in enumerate(zip(_labels(old._file()[0]), _labels(file), strict=True)):
+            if name := next((name for name in was if was[name] != now[name]), None):
+                return f"row {row}: {name}: expected {was[name]!r} as the index has, got {now[name]!r}"
     return None
+
+
+def _labels(file: Any) -> Iterator[dict[str, str | None]]:
+    for group in range(file.num_row_groups):
+        yield from file.read_row_group(group, columns=["source", "provider"]).to_pylist()
 
 
 def _write_rows(rows: Iterator[_Row], path: Path, progress: Progress | None) -> tuple[_Digest, bytearray]:
@@ -357,41 +398,3 @@ def _refuse_repeated_ids(id_hashes: bytearray, path: Path) -> None:
             start += table.num_rows
     first, second = (pair[row] for row in sorted(pair))
     raise DataError(f'{second["where"]}: id "{second["id"]}" repeats that of {first["where"]}; ids must be unique')
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return f"blake2b-256:{hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()}"
-
-
-def _hash_object(store: Store, name: str, size: int) -> str:
-    hasher = hashlib.blake2b(digest_size=32)
-    for lo in range(0, size, 8 << 20):
-        hasher.update(store.get_range(name, lo, min(size, lo + (8 << 20))))
-    return f"blake2b-256:{hasher.hexdigest()}"
-
-
-class _Ranged(io.RawIOBase):
-    """A stored object as a seekable file, so that Parquet reads only the ranges it needs of a remote catalog."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name, self._size, self._at = store, name, store.size(name), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        part = self._store.get_range(self._name, self._at, min(self._size, self._at + len(buffer)))
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)

@@ -283,9 +283,49 @@ def test_a_second_build_keeps_the_first_and_never_replaces_an_index_of_other_dat
     assert store.get("catalog.parquet") == before
     assert build(RECORDS[:1], store).n == 1  # no index uses it yet
     store.put("spec.json", b"{}")
-    with pytest.raises(MismatchError, match="expected 1 rows .*, got 3 rows .* give another --out"):
+    with pytest.raises(
+        MismatchError, match=r"expected blake2b-256:.*, got blake2b-256:.* \(3 rows\); .* give another --out"
+    ):
         build(RECORDS, store)
     assert Catalog.open(store).n == 1
+
+
+def test_an_index_gets_back_its_lost_or_damaged_catalog(tmp_path: Path) -> None:
+    store = Store(tmp_path / "index")
+    built = build(RECORDS, store)
+    payload, record = store.get("catalog.parquet"), store.get("catalog.json")
+    store.put("spec.json", json.dumps({"spec": {"data": built.digest}}).encode())
+    for harm in (
+        lambda: store.delete("catalog.parquet"),
+        lambda: store.put("catalog.parquet", payload[:-9]),
+        lambda: store.put("catalog.parquet", payload[:40] + b"?" + payload[41:]),
+        lambda: store.put("catalog.json", b"{}"),
+        lambda: store.put("catalog.json", record.replace(b'"digest": "blake2b-256:', b'"digest": "blake2b-256:0')),
+        lambda: store.delete("catalog.json"),
+    ):
+        harm()
+        assert build(RECORDS, store).verify() == []
+        assert (store.get("catalog.parquet"), store.get("catalog.json")) == (payload, record)
+    store.delete("catalog.json")
+    with pytest.raises(MismatchError, match=r"the data differs from .* \(1 rows\)"):
+        build(RECORDS[:1], store)
+
+
+def test_changed_labels_are_refused_once_the_index_is_finished(tmp_path: Path) -> None:
+    store = Store(tmp_path / "index")
+    built = build(RECORDS, store)
+    store.put("spec.json", json.dumps({"spec": {"data": built.digest}}).encode())
+    store.put("manifest.json", b"{}")
+    other = [{**RECORDS[0], "provider": "q"}, *RECORDS[1:]]
+    with pytest.raises(
+        MismatchError, match="row 0: provider: expected 'p' as the index has, got 'q'; .* another --out"
+    ):
+        build(other, store)
+    with pytest.raises(MismatchError, match="row 2: source: expected 'memory' as the index has, got 't'"):
+        build([*RECORDS[:2], {**RECORDS[2], "source": "t"}], store)
+    build([{**record, "unread": 1} for record in RECORDS], store)
+    store.delete("manifest.json")
+    assert build(other, store).describe([0])[0]["provider"] == "q"
 
 
 def test_absent_and_damaged_catalogs(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import influent
 
 # A module may import from its own level and from those below it.
 LEVELS = [
-    ["errors", "progress", "rng", "storage"],
+    ["errors", "progress", "ranged", "rng", "storage"],
     ["baselines", "catalog", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records", "reduce",
      "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
