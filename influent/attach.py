@@ -6,6 +6,7 @@ is the same. Not here: the verbs (methods.py), collecting itself (collect.py).
 
 import bisect
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,10 @@ class Budget:
             return entry * sum(compressor.width(block) for block in tracked.blocks) <= self.bytes
 
         if not fits(1):
+            need = entry * len(tracked.blocks)
             raise SpecError(
-                f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {entry * len(tracked.blocks)}"
+                f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {need} bytes a row at the least; "
+                "allow more, or track fewer --layers"
             )
         largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
         return self.sized(bisect.bisect_right(range(1, largest + 1), False, key=lambda side: not fits(side)))
@@ -61,6 +64,19 @@ class Setting:
     dtype: str = "float32"
     matmul: str = "highest"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in loading.DTYPES:
+            raise SpecError(f"dtype is {self.dtype!r}, expected one of {', '.join(loading.DTYPES)}")
+        if self.matmul not in ("highest", "medium"):
+            raise SpecError(f"matmul is {self.matmul!r}, expected highest or medium")
+        if self.seed < 0:
+            raise SpecError(f"seed is {self.seed}, expected 0 or more")
+        for name, pattern in (("layers", self.layers), ("exclude", self.exclude)):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise SpecError(f"{name} is {pattern!r}, which is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +166,7 @@ def _identity(collector: Collector, setting: Setting, compress: str) -> dict[str
         "compress": compress,
         "seed": setting.seed,
         "rng": RNG_VERSION,
-        "numerics": {"dtype": setting.dtype, "matmul": setting.matmul},
+        "numerics": {"dtype": loading.dtype_of(collector.model), "matmul": setting.matmul},
     }
 
 

@@ -1,7 +1,7 @@
 """From examples to rows: parts are batched by length under a token budget, and summed back to one row an example.
 
 The same function fills a shard and makes the gradients of queries. Memory is that of the rows asked for plus one
-batch. Not here: where rows are stored (index.py), what a gradient is (extract.py).
+batch. Not here: where rows are stored (rowstore.py), what a gradient is (extract.py).
 """
 
 from collections import Counter
@@ -62,7 +62,7 @@ class Collector:
         """
         device = device_of(self.model)
         out = Collected.empty(len(examples), self.widths, device)
-        queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example)]
+        queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example, lambda i=i: name(i))]
         if without := set(range(len(examples))) - {i for i, _ in queue}:
             out.skipped["no target tokens"] = without
         out.num_split = sum(count > 1 for count in Counter(i for i, _ in queue).values())
@@ -72,11 +72,16 @@ class Collector:
             done += len(batch)
             if progress is not None:
                 progress(done / len(queue))
-        self._check(out, name)
+        self._check(out, name, query)
         return out
 
-    def _parts(self, example: Any) -> list[Part]:
-        return self.task.parts(example) if isinstance(self.task, Encodes) else [Part(example, 1, 1)]
+    def _parts(self, example: Any, name: Callable[[], str]) -> list[Part]:
+        if not isinstance(self.task, Encodes):
+            return [Part(example, 1, 1)]
+        try:
+            return self.task.parts(example)
+        except DataError as error:
+            raise DataError(f"{name()}: {error}") from error
 
     def _add(self, out: "Collected", batch: list[tuple[int, Part]], name: Callable[[int], str], query: bool) -> None:
         parts = [part for _, part in batch]
@@ -93,7 +98,7 @@ class Collector:
         except extract.NonFinite as error:
             bad = {batch[place][0] for place in error.places}
             if not self.skip_nonfinite:
-                raise NumericsError(f"the loss of {name(min(bad))} is not finite; {_MEND}") from None
+                raise NumericsError(f"the loss of {name(min(bad))} is not finite; {_mend(query)}") from None
             out.skipped.setdefault("not finite", set()).update(bad)
             rest = [(i, part) for i, part in batch if i not in bad]
             if rest:
@@ -105,7 +110,7 @@ class Collector:
         out.loss.index_add_(0, where, losses.float())
         out.tokens.index_add_(0, where, torch.tensor([float(part.targets) for part in parts], device=losses.device))
 
-    def _check(self, out: "Collected", name: Callable[[int], str]) -> None:
+    def _check(self, out: "Collected", name: Callable[[int], str], query: bool) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
         squares = torch.zeros(len(out.loss), dtype=torch.float64, device=out.loss.device)
         skipped = set().union(*out.skipped.values())
@@ -114,7 +119,7 @@ class Collector:
             square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
             bad = set((~torch.isfinite(square)).nonzero().flatten().tolist()) - skipped
             if bad and not self.skip_nonfinite:
-                raise NumericsError(f"the gradient of {name(min(bad))} in block {key} is not finite; {_MEND}")
+                raise NumericsError(f"the gradient of {name(min(bad))} in block {key} is not finite; {_mend(query)}")
             if bad:
                 out.skipped.setdefault("not finite", set()).update(bad)
                 skipped |= bad
@@ -125,7 +130,10 @@ class Collector:
         out.norm.copy_(squares.sqrt())
 
 
-_MEND = "mend or remove it, use --dtype float32, or pass --skip-nonfinite to give it a zero row and count it"
+def _mend(query: bool) -> str:
+    if query:
+        return "ask about another text, or check the model's weights"
+    return "mend or remove it, use --dtype float32, or pass --skip-nonfinite to give it a zero row and count it"
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 No weight gradient is ever computed: parameters do not require grad, and the first tracked layers' outputs do. The
 forward hook hands a layer's input side to the visitor, which keeps only what it needs of it; a hook on the output
 tensor hands over the output side during the backward pass, and the visitor joins the two at once.
-Not here: what is kept (a `Visitor`), how texts become batches (task.py, batches.py), where rows go (index.py).
+Not here: what is kept (a `Visitor`), how texts become batches (task.py, collect.py), where rows go (rowstore.py).
 """
 
 from collections.abc import Iterator

@@ -113,7 +113,7 @@ def _matches(name: str, module: nn.Module, model: nn.Module, layers: str | None)
     if not any(isinstance(m, nn.ModuleList) for m in model.modules()):
         return kind in ("linear", "conv")
     inside = any(isinstance(model.get_submodule(parent), nn.ModuleList) for parent in _ancestors(name))
-    return kind == "linear" and inside
+    return inside and (kind == "linear" or isinstance(module, nn.Linear))  # one with its own forward is refused
 
 
 def _ancestors(name: str) -> list[str]:

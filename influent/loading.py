@@ -77,6 +77,11 @@ def fingerprint(model: nn.Module) -> str:
     return f"blake2b-256:{digest.hexdigest()}"
 
 
+def dtype_of(model: nn.Module) -> str:
+    """The name of the dtype of a model's first parameter."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def config_facts(model: nn.Module) -> dict[str, Any]:
     """The model's main sizes, as far as its configuration has them."""
     config = getattr(model, "config", None)

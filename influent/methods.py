@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from influent.task import Task
 
 DEFAULT_DAMPING = "relative:0.1"
+DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def index(
     rows: str = "float32",
     layers: str | None = None,
     exclude: str | None = None,
-    max_length: int = 512,
+    max_length: int = DEFAULT_LENGTH,
     token_budget: int = 4096,
     dtype: str = "float32",
     matmul: str = "highest",
@@ -104,6 +105,14 @@ def index(
     """
     if method not in METHODS:
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+    if rows not in rowstore.ROWS:
+        raise SpecError(f"rows is {rows!r}, expected one of {', '.join(rowstore.ROWS)}")
+    if shard_rows is not None and shard_rows < 1:
+        raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
+    if task is not None and max_length != DEFAULT_LENGTH:
+        raise SpecError("max_length belongs to the task that was passed: CausalLM(tokenizer, max_length=…)")
+    if not isinstance(model, str) and dtype != "float32":
+        raise SpecError("dtype is for a model that is loaded here; a module has its own")
     if compress is not None and row_bytes is not None:
         raise SpecError("give --compress or --row-bytes, not both: each sets the size of a row")
     Compress.parse(compress or METHODS[method].compress)
@@ -193,20 +202,45 @@ def verify(index: str) -> dict[str, Any]:
 
 
 def choose_curvature(index: Index, name: str | None, damping: str | None, progress: Progress | None) -> Curvature:
-    """The curvature a query asked for; by default the only one fitted, or the method's own, fitted now if need be.
-
-    Raises:
-        SpecError: the name is not fitted, or several are and none was named.
-    """
+    """The curvature that `check_curvature` settles on, fitted now if need be."""
     from influent import curvature as curvatures
 
+    kind, amount = check_curvature(index, name, damping)
+    return curvatures.fit(index, curvature=kind, damping=amount, progress=progress)
+
+
+def check_curvature(index: Index, name: str | None, damping: str | None) -> tuple[str, Damping | None]:
+    """What a query's curvature will be, as `curvature.fit` takes it; nothing is fitted and no row is read.
+
+    Without a damping it is that of the one fit there is; of several, or of none, the default. Without a name it is
+    the method's own curvature, or fim if there is a damping.
+
+    Raises:
+        SpecError: no such curvature; its name and `damping` differ; or it names a damping that is not fitted, or
+            several are fitted, none of them the default, and neither the name nor `damping` picks one.
+    """
+    from influent import curvature as curvatures
+    from influent.curvature import Damping
+
     own = METHODS[index.notes["method"]].curvature
-    if name is not None and damping is None:
-        return curvatures.find(index, name)
-    if damping is None and (own == "identity" or curvatures.list_fitted(index)):
-        return curvatures.find(index, own)
-    kind = name or "fim"
-    return curvatures.fit(index, curvature=kind, damping=_damping(kind, damping), progress=progress)
+    name = name or (own if damping is None else "fim")
+    if name == "identity":
+        return name, _damping(name, damping)
+    kind, _, written = name.partition(":")
+    if kind != "fim":
+        known = ", ".join(["identity", "fim", *curvatures.list_fitted(index)])
+        raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
+    asked = Damping.parse(damping) if damping is not None else None
+    named = Damping.parse(written) if written else asked
+    if asked is not None:
+        if named != asked:
+            raise SpecError(f"curvature {name!r} and damping {damping!r} differ: give one of the two")
+        return kind, asked
+    fitted, default = curvatures.list_fitted(index), Damping.parse(DEFAULT_DAMPING)
+    if named is None and (not fitted or f"fim:{default}" in fitted):
+        return kind, default
+    found = curvatures.find(index, kind if named is None else f"fim:{named}")
+    return kind, Damping.parse(found.name.partition(":")[2])
 
 
 def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:

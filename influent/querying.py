@@ -65,19 +65,18 @@ def query(
     if normalize not in NORMALIZATIONS:  # before anything is computed
         raise SpecError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZATIONS)}")
     opened = Index.open(index)
-    given = _given(prompt, completion, queries)
-    asked, shown = _read(given, opened, task)
-    against, _ = _read(control, opened, task) if control is not None else ([], [])
-    setting = _setting(opened)
-    with attach(
-        model or opened.notes["model"], task, setting, Run(token_budget=token_budget, device=device)
-    ) as attached:
+    asked, shown = _read(_given(prompt, completion, queries), task)
+    against, _ = _read(control, task) if control is not None else ([], [])
+    fitted = choose_curvature(opened, curvature, damping, progress)
+    words = [display_text(content) for content in shown]
+    run = Run(token_budget=token_budget, device=device)
+    with attach(_model(model, opened), task, _setting(opened), run) as attached:
         check_same(opened, attached)
         rows = _gradients(attached, asked, "query", progress)
         if control is not None:
             rows = score.contrast(rows, _gradients(attached, against, "control", progress))
-            shown = [{"text": _contrast_text(shown, len(against))}]
-    fitted = choose_curvature(opened, curvature, damping, progress)
+            words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
+            shown = [{"text": f"mean of {len(asked)} queries minus mean of {len(against)} controls"}]
     solved = score.precondition(rows, fitted, progress=progress)
     drawn = baselines.random_rows(opened.n, len(shown), k=k, seed=0)
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
@@ -87,7 +86,8 @@ def query(
     found = score.score(opened, solved, reducers, normalize=normalize, self_influence=own, progress=progress)
     if scores is not None:
         _save(found["full"], scores)
-    return _document(opened, fitted, shown, found, drawn, k=k, bottom=bottom, normalize=normalize)
+    by_words = baselines.bm25(opened.catalog, words, k=k)
+    return _document(opened, fitted, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -98,10 +98,19 @@ def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
     return queries if queries is not None else [{"prompt": prompt, "completion": completion}]
 
 
-def _read(given: Any, index: Index, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
+def _model(model: str | nn.Module | None, index: Index) -> str | nn.Module:
+    found = model if model is not None else index.notes["model"]
+    if found is None:
+        raise SpecError(f"{index.path}: was built from a model in memory; pass that model and its task")
+    return found
+
+
+def _read(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
     """Examples, and what a result shows of each."""
     if task is not None and not isinstance(task, Encodes):
         examples = [given[i] for i in range(len(given))]
+        if any(isinstance(example, dict) and "prompt" in example for example in examples):
+            raise SpecError("this task has no texts: pass queries, a sequence of examples like the training data's")
         return examples, [{"text": f"example {i}"} for i in range(len(examples))]
     found = [example for example in read_examples(given)]
     empty = next((example for example in found if example.skip is not None), None)
@@ -132,10 +141,6 @@ def _gradients(attached: Attached, examples: Sequence[Any], what: str, progress:
     return made.rows
 
 
-def _contrast_text(shown: Sequence[dict[str, Any]], num_control: int) -> str:
-    return f"mean of {len(shown)} queries minus mean of {num_control} controls"
-
-
 def _save(matrix: Tensor, path: str) -> None:
     """The whole file or none of it."""
     sink = io.BytesIO()
@@ -150,13 +155,11 @@ def _document(
     shown: Sequence[dict[str, Any]],
     found: dict[str, Any],
     drawn: Sequence[Sequence[int]],
+    by_words: Sequence[Sequence[tuple[int, float]]],
     *,
-    k: int,
     bottom: bool,
     normalize: str,
 ) -> dict[str, Any]:
-    words = [display_text(content) for content in shown]
-    by_words = baselines.bm25(index.catalog, words, k=k)
     columns = {row: column for column, row in enumerate(_together(drawn).tolist())}
     chance = [[(row, found["random"][i, columns[row]].item()) for row in rows] for i, rows in enumerate(drawn)]
     return {

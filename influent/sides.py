@@ -184,6 +184,6 @@ def verify_norm(module: Layer, x: Tensor, y: Tensor, name: str) -> None:
     hat = normalised(module, x)
     tolerance = 1e-4 if y.dtype in (torch.float32, torch.float64) else 4e-2
     for weight in (module.weight, 1 + module.weight):
-        if torch.allclose(hat * weight.to(hat.dtype), y.to(hat.dtype), rtol=tolerance, atol=tolerance):
+        if torch.allclose(hat * weight.to(hat.dtype), y.to(hat.dtype), rtol=tolerance, atol=tolerance, equal_nan=True):
             return
     raise LayerError(f"layer {name} is a {type(module).__name__} whose formula is not that of an RMSNorm; --exclude it")

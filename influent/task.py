@@ -135,6 +135,8 @@ class CausalLM:
     def _opening(self, prompt: str) -> list[int]:
         """A prompt's tokens with the tokenizer's own opening tokens, without a closing one."""
         ids = list(self.tokenizer(prompt)["input_ids"])
+        if not ids and self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]  # an answer to nothing still needs a token to be predicted from
         end = self.tokenizer.eos_token_id
         return (
             ids[:-1]
@@ -163,7 +165,12 @@ class CausalLM:
     def _template(self, messages: Sequence[Mapping[str, str]], *, opening: bool) -> str:
         if not messages:
             return ""
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+        from jinja2.exceptions import TemplateError  # transformers' templates are Jinja's
+
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error}; use prompt and completion") from error
 
     def collate(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Right-padded ids [B, T], labels [B, T] (-100 where not a target) and weights [B].
@@ -171,8 +178,8 @@ class CausalLM:
         No attention mask is made: under causal attention nothing that is scored can see the padding to its right.
         """
         longest = max(part.length for part in parts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(parts), longest), pad)
+        # Nothing that is scored sees the padding, so any id will do; the tokenizer's own may lie beyond the embedding.
+        ids = torch.zeros(len(parts), longest, dtype=torch.int64)
         labels = torch.full((len(parts), longest), -100)
         for row, part in enumerate(parts):
             piece, wanted, _ = part.inputs

@@ -34,7 +34,7 @@ def test_the_largest_compressor_that_fits_is_chosen(method, rows, size):
 
 
 def test_a_budget_too_small_for_one_entry_a_layer_is_refused():
-    with pytest.raises(SpecError, match="--row-bytes 4: 2 layers need 8"):
+    with pytest.raises(SpecError, match="--row-bytes 4: 2 layers need 8 bytes a row"):
         Budget(4, "float32", METHODS["logra"].sized).choose(plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
 
 
