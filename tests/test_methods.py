@@ -10,13 +10,17 @@ import oracle
 import pytest
 import torch
 from oracle_gradients import weight_gradients
+from small_index import random_rows, write_index
 from test_task import make_tokenizer
 from tiny_model import FACTS, make_data, make_model
 from torch import Tensor, nn
 
 import influent
+from influent.curvature import Damping, fit, list_fitted
 from influent.errors import DataError, MismatchError, SpecError
 from influent.layers import plan
+from influent.methods import check_curvature, choose_curvature
+from influent.rowstore import Index
 from influent.task import CausalLM, Classification
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "schemas" / "query.json").read_text())
@@ -355,8 +359,7 @@ def test_dampings_are_fitted_side_by_side_and_found_again(here):
     by_name = scores_of(here, "dampings", curvature=names[1])
     np.testing.assert_array_equal(by_name, scores_of(here, "dampings", damping="absolute:0.5"))
     assert np.abs(by_name - scores_of(here, "dampings", curvature=names[0])).max() > 0
-    with pytest.raises(SpecError, match="fim:relative:0.1"):
-        influent.query(path, queries=QUERIES)  # two are fitted: which?
+    assert influent.query(path, queries=QUERIES)["method"]["curvature"] == "fim:relative:0.1"  # the default of the two
     assert influent.verify(path)["ok"]
 
 
@@ -371,3 +374,52 @@ def test_a_module_is_left_as_it_was(tmp_path):
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+FITS = [
+    ([], None, None, "fim:relative:0.1"), ([], "fim", None, "fim:relative:0.1"), ([], "identity", None, "identity"),
+    ([], None, "absolute:2", "fim:absolute:2"), ([], "fim:absolute:2", "absolute:2.0", "fim:absolute:2"),
+    (["absolute:2"], None, None, "fim:absolute:2"), (["absolute:2"], "fim", None, "fim:absolute:2"),
+    (["absolute:2"], "fim:absolute:2.0", None, "fim:absolute:2"),
+    (["absolute:2", "relative:0.1"], None, None, "fim:relative:0.1"),
+    (["absolute:2", "relative:0.1"], "fim", None, "fim:relative:0.1"),
+    (["absolute:2", "relative:0.1"], "fim:relative:0.1", "relative:1e-1", "fim:relative:0.1"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def bare(tmp_path) -> Index:
+    opened = write_index(tmp_path / "bare", random_rows(6, {"a": 4}))
+    opened.notes["method"] = "factgrass"
+    return opened
+
+
+@pytest.mark.parametrize(("fitted", "name", "damping", "expected"), FITS)
+def test_the_curvature_that_is_meant(bare, fitted, name, damping, expected):
+    for each in fitted:
+        fit(bare, damping=Damping.parse(each))
+    before = list_fitted(bare)
+    check_curvature(bare, name, damping)
+    assert list_fitted(bare) == before
+    assert choose_curvature(bare, name, damping, None).name == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "damping", "message"),
+    [
+        ("kfac", None, "'kfac' is not known; expected one of identity, fim, fim:absolute:2, fim:relative:0.5"),
+        ("kfac", "absolute:2", "'kfac' is not known"),
+        ("identity:1", None, "'identity:1' is not known"),
+        ("identity", "absolute:2", "takes no damping"),
+        ("fim:absolute:2", "absolute:3", "curvature 'fim:absolute:2' and damping 'absolute:3' differ: give one"),
+        ("fim:absolute:3", None, "'fim:absolute:3': not fitted: .* one of fim:absolute:2, fim:relative:0.5"),
+        ("fim:3", None, "expected relative:NUMBER or absolute:NUMBER, got '3'"),
+        ("fim", "3", "expected relative:NUMBER or absolute:NUMBER, got '3'"),
+        (None, None, "more than one is fitted: .* one of fim:absolute:2, fim:relative:0.5"),
+    ],
+)
+def test_a_curvature_that_cannot_be_meant_is_refused_without_a_fit(bare, name, damping, message):
+    for each in ("absolute:2", "relative:0.5"):
+        fit(bare, damping=Damping.parse(each))
+    with pytest.raises(SpecError, match=message):
+        check_curvature(bare, name, damping)
