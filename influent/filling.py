@@ -44,9 +44,23 @@ def fill(
         spec = {**attached.identity, "data": listed.digest, "rows": rows}
         notes = _notes(model, data, method, setting, attached, shard_rows)
         writer = IndexWriter.open(listed.store, spec, notes=notes)
-        if not writer.committed:
+        if writer.committed:
+            _check_sizes(writer)
+        else:
             _fill(writer, listed, attached, _source(data, listed, attached), progress)
             writer.commit({"coverage": attached.collector.plan.coverage, "skipped": listed.skipped})
+
+
+def _check_sizes(writer: IndexWriter) -> None:
+    """CorruptError when a committed shard is missing or has another size; its hash is for `verify` to read."""
+    mend = "delete manifest.json there, then run the same command again to restore it"
+    for record in writer.artifact.records.values():
+        try:
+            got = writer.store.size(record.payload)
+        except CorruptError as e:
+            raise CorruptError(f"{e}; {mend}") from e
+        if got != record.bytes:
+            raise CorruptError(f"{writer.store}/{record.payload}: expected {record.bytes} bytes, got {got}; {mend}")
 
 
 def _source(data: Any, listed: Catalog, attached: Attached) -> Examples:
@@ -63,7 +77,7 @@ def _notes(
     width = sum(attached.collector.widths.values())
     return {
         "method": method,
-        "model": loading.noted_path(model) if isinstance(model, str) else type(model).__name__,
+        "model": loading.noted_path(model) if isinstance(model, str) else None,
         "model_config": attached.facts,
         "data": loading.noted_path(data) if isinstance(data, str) else type(data).__name__,
         "layers": setting.layers,

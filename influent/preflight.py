@@ -183,7 +183,8 @@ def place(path: str, wanted: dict[str, Any]) -> str:
         head = json.loads(store.get("spec.json"))
         kind, spec = head["kind"], head["spec"]
     except (ValueError, KeyError, TypeError) as e:
-        raise FormatError(f"{path}/spec.json: not readable; give another --out or delete the directory") from e
+        mend = "delete spec.json and manifest.json there, then run the same command again to restore it"
+        raise FormatError(f"{path}/spec.json: not readable as a spec; {mend}, or give another --out") from e
     if kind != "index":
         raise FormatError(f"{path}: holds {kind!r}, not an index; give another --out")
     for field, value in _flat(wanted):
@@ -280,8 +281,12 @@ def _tensor_names(path: Path) -> Iterator[str]:
 
 
 def _refuse_foreign(path: str) -> None:
-    ours = ("catalog.parquet", "catalog.json")  # an index killed before its spec was written
-    others = sorted(p.name for p in Path(path).expanduser().iterdir() if p.name not in ours)
+    # an index killed before its spec was written, or whose damaged spec and manifest were deleted as verify says
+    ours = ("catalog.parquet", "catalog.json", "shards", "curvature")
+    folder = Path(path).expanduser()
+    begun = any((folder / name).is_file() for name in ours) or any(folder.glob("shards/*.safetensors"))
+    kept = ours if begun else ()  # a folder that is only called shards is anyone's
+    others = sorted(p.name for p in folder.iterdir() if p.name not in kept)
     others = [name for name in others if not name.endswith(UNFINISHED)]
     if others:
         raise FormatError(f"{path}: not an index, and not empty: it holds {others[0]}; give another --out")

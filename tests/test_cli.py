@@ -48,6 +48,9 @@ def here(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("artifact/spec.json").write_bytes(
         canonical_json({"format": [1, 0], "requires": [], "kind": "gram", "spec": {}})
     )
+    Path("torn").mkdir()
+    Path("torn/spec.json").write_text('{"format": [1,')
+    Path("others/shards").mkdir(parents=True)
     Path("junk.bin").write_text("x")
     Path("bad.jsonl").write_text('{"text": "a"}\n{"prompt": "b"}\n')
     Path("blank.jsonl").write_text('{"text": " "}\n')
@@ -97,6 +100,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*INDEX, "--limit", "0"], "Invalid value for '--limit'"),
     # the directory
     (["index", "model", "data.jsonl", "-o", "foreign"], "foreign: not an index, and not empty: it holds thesis.tex"),
+    (["index", "model", "data.jsonl", "-o", "others"], "others: not an index, and not empty: it holds shards"),
+    (["index", "model", "data.jsonl", "-o", "torn"], "torn/spec.json: not readable as a spec; delete spec.json and"),
     (["index", "model", "data.jsonl", "-o", "junk.bin"], "junk.bin: is a file"),
     (["index", "model", "data.jsonl", "-o", "artifact"], "artifact: holds 'gram', not an index"),
     (["index", "model", "data.jsonl", "-o", "index", "--seed", "9"], "index: seed: expected 0 as the index there has"),

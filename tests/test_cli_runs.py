@@ -230,6 +230,27 @@ def test_a_corrupted_shard_is_named(here: Path, tmp_path: Path, ask: Ask) -> Non
     assert done.stderr.count("\n") == 1
 
 
+def test_advice_on_damage_restores_the_index(here: Path, tmp_path: Path, refuse: Any, ask: Ask) -> None:
+    index = tmp_path / "index"
+    shutil.copytree("index", index)
+    shard = index / "shards" / "000000.safetensors"
+    arguments = ["index", "model", "data.jsonl", "-o", str(index), *OPTIONS]
+    for harm in (shard.unlink, lambda: shard.write_bytes(shard.read_bytes()[:-1])):
+        harm()
+        refuse(arguments, "shards/000000.safetensors: ", "delete manifest.json there, then run the same command again")
+        (index / "manifest.json").unlink()
+        ask(*arguments)
+        assert_same_files(Path("index"), index)
+    (index / "spec.json").write_text("{")
+    refuse(arguments, "delete spec.json and manifest.json there")
+    for name in ("spec.json", "manifest.json"):
+        (index / name).unlink()
+    before = shard.stat().st_mtime_ns
+    ask(*arguments)
+    assert shard.stat().st_mtime_ns == before
+    assert_same_files(Path("index"), index)
+
+
 def test_another_model_is_refused(here: Path, refuse: Callable[..., None]) -> None:
     make_model(here / "wider", width=32)
     make_model(here / "other", seed=1)
