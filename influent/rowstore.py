@@ -161,7 +161,7 @@ class Shard:
     def check(self) -> None:
         """Raises CorruptError, naming the shard, unless every byte is as committed; once per opened index.
 
-        Costs a read of the payload (about 1 ms per MB), from a remote store a second transfer of it.
+        Costs a read of the payload and its hash, 1 to 3 ms per MB; from a remote store a second transfer of it.
         """
         mend = (
             f"delete {self._record.payload} and manifest.json there, then run the `influent index` command that made "
