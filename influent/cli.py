@@ -40,20 +40,26 @@ IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
 Damping = Annotated[
-    str | None, typer.Option(metavar="D", help="relative:NUMBER of the mean eigenvalue, or absolute:NUMBER.")
+    str | None,
+    typer.Option(
+        metavar="D", help="relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1."
+    ),
 ]
 CurvatureName = Annotated[
     str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")]
-TokenBudget = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
+]
+TokenBudget = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a batch, padding included.")]
 
 
 @app.command()
 def index(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model folder, GGUF file, or hub name.")],
     data: Annotated[
-        str, typer.Argument(help="JSONL, CSV, Parquet, Arrow or text file, a folder of them, or hub name.")
+        str,
+        typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, Arrow or text file, a folder of them, or hub name."),
     ],
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="INDEX", help="Directory to write; resumed if unfinished.")
@@ -63,19 +69,30 @@ def index(
     row_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Size of a stored row, e.g. 64KiB; sets the compressor's sizes.")
     ] = None,
-    rows: Annotated[str, typer.Option(metavar="CODEC", help="dense, dense:bf16, float16, …")] = "float32",
+    rows: Annotated[
+        str, typer.Option(metavar="CODEC", help="float32, float16 or bfloat16; dense:NAME means the same.")
+    ] = "float32",
     layers: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Layers to track. Default: the blocks' Linears.")
+        str | None,
+        typer.Option(metavar="REGEX", help="Layers to track: searched in module names. Default: the blocks' Linears."),
     ] = None,
-    exclude: Annotated[str | None, typer.Option(metavar="REGEX", help="Layers to leave out.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Longer documents are split, their gradients summed.")] = 512,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Layers to leave out: searched likewise.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Longer documents are split, their gradients summed.")
+    ] = 512,
     token_budget: TokenBudget = 4096,
-    dtype: Annotated[str, typer.Option(help="The model's: float32, bfloat16 or float16.")] = "float32",
-    matmul: Annotated[str, typer.Option(help="Precision of float32 products: highest or medium.")] = "highest",
-    catalog: Annotated[str, typer.Option(help="Keep the text, or a reference to it: text or reference.")] = "text",
-    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard. Default: by size.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Index only the first so many rows.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random projections.")] = 0,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="The model's: float32, bfloat16 or float16.")] = "float32",
+    matmul: Annotated[
+        str, typer.Option(metavar="NAME", help="Precision of float32 products: highest or medium.")
+    ] = "highest",
+    catalog: Annotated[
+        str, typer.Option(metavar="KIND", help="Keep the text, or a reference to it: text or reference.")
+    ] = "text",
+    shard_rows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rows a shard. Default: by size.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Index only the first so many rows.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the random projections.")] = 0,
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")
     ] = False,
@@ -115,7 +132,7 @@ def index(
 @app.command()
 def fit(
     index: IndexPath,
-    curvature: Annotated[str, typer.Option(help="fim or identity.")] = "fim",
+    curvature: Annotated[str, typer.Option(metavar="NAME", help="fim or identity.")] = "fim",
     damping: Damping = None,
     json: Json = False,
 ) -> None:
@@ -142,9 +159,9 @@ def query(
     control: Annotated[
         str | None, typer.Option(metavar="FILE", help="Subtract the mean of these from the queries'.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Rows to show on each side.")] = 10,
+    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Rows to show on each side.")] = 10,
     bottom: Annotated[bool, typer.Option(help="Also the rows that pushed the other way.")] = True,
-    normalize: Annotated[str, typer.Option(help="none, cosine or relatif.")] = "none",
+    normalize: Annotated[str, typer.Option(metavar="NAME", help="none, cosine or relatif.")] = "none",
     curvature: CurvatureName = None,
     damping: Damping = None,
     model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
@@ -180,7 +197,7 @@ def query(
 @app.command("self")
 def self_influence(
     index: IndexPath,
-    k: Annotated[int, typer.Option("-k", min=1, help="Rows to show.")] = 20,
+    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Rows to show.")] = 20,
     curvature: CurvatureName = None,
     damping: Damping = None,
     out: Out = None,

@@ -64,7 +64,7 @@ QUERY = ["query", "index", *ASK, "--model", "model"]
 MISTAKES: list[tuple[list[str], str]] = [
     (["--bogus"], "No such option: --bogus"),
     (["bogus"], "No such command 'bogus'"),
-    (["index", "model", "-o", "new"], "Missing argument 'data'"),
+    (["index", "model", "-o", "new"], "Missing argument 'DATA'"),
     (["index", "model", "data.jsonl"], "Missing option '-o' / '--out'"),
     (["query", "index", *ASK, "-k", "0"], "Invalid value for '-k'"),
     (["query", "index", *ASK, "-k", "many"], "Invalid value for '-k'"),
@@ -199,6 +199,18 @@ def test_help_and_mistakes_take_under_a_second(here: Path, arguments: list[str])
 
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert influent().stdout.startswith("Usage: influent")
+
+
+@pytest.mark.parametrize("verb", ["index", "fit", "query", "self", "info", "verify", "demo"])
+def test_help_names_what_an_option_takes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "range>" not in page
+    says = {
+        "index": ["MODEL", "DATA", "--rows CODEC float32, float16 or bfloat16", "searched in module names"],
+        "fit": ["--damping D relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1."],
+    }
+    assert [part for part in says.get(verb, []) if part not in page] == []
 
 
 def test_rows_names() -> None:
