@@ -39,12 +39,9 @@ app = typer.Typer(
 IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that `influent index` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
-Damping = Annotated[
-    str | None,
-    typer.Option(
-        metavar="D", help="relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1."
-    ),
-]
+DAMPING = "relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: "
+FitDamping = Annotated[str | None, typer.Option(metavar="D", help=f"{DAMPING}relative:0.1.")]
+Damping = Annotated[str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fit, else relative:0.1.")]
 CurvatureName = Annotated[
     str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
 ]
@@ -133,7 +130,7 @@ def index(
 def fit(
     index: IndexPath,
     curvature: Annotated[str, typer.Option(metavar="NAME", help="fim or identity.")] = "fim",
-    damping: Damping = None,
+    damping: FitDamping = None,
     json: Json = False,
 ) -> None:
     """Fit a curvature to an index.
