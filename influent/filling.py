@@ -5,6 +5,7 @@ Not here: checking the data (catalog.py), gradients (collect.py), bytes (rowstor
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from influent import loading
 from influent.attach import Attached, Run, Setting, attach
 from influent.catalog import Catalog
-from influent.errors import CorruptError
+from influent.errors import CorruptError, DataError
 from influent.progress import Progress
 from influent.rowstore import Chunk, IndexWriter
 from influent.storage import Store
@@ -48,7 +49,18 @@ def fill(
             _check_sizes(writer)
         else:
             _fill(writer, listed, attached, _source(data, listed, attached), progress)
+            _check_any(writer, listed)
             writer.commit({"coverage": attached.collector.plan.coverage, "skipped": listed.skipped})
+
+
+def _check_any(writer: IndexWriter, listed: Catalog) -> None:
+    """DataError when every row was skipped: an index of zeros ranks nothing."""
+    counts = Counter[str]()
+    for record in writer.artifact.records.values():
+        counts.update({reason: len(rows) for reason, rows in record.meta["skipped"].items()})
+    if counts.total() >= listed.n:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(f"{writer.store}: every row was skipped ({reasons}); there is nothing to index")
 
 
 def _check_sizes(writer: IndexWriter) -> None:

@@ -39,12 +39,15 @@ def print_query(doc: Doc, console: Console) -> None:
         for name in ("prompt", "completion", "text", "messages"):
             if query.get(name):
                 _line(console, f"  {name + ':':<12}{_clip(_words(query[name]), console.width - 16)}")
-        _rows(console, "Pushed the model towards it", query["top"], lines=2)
-        if query.get("bottom"):
-            _rows(console, "Pushed the model away from it", query["bottom"][:ASIDE_ROWS])
+        # In a small index the k highest scores reach below zero: a heading must not call those a push towards it.
+        towards = [row for row in query["top"] if row["score"] > 0]
+        _rows(console, "Pushed the model towards it", towards, lines=2)
+        away = [row for row in query.get("bottom", []) if row["score"] < 0]
+        if away:
+            _rows(console, "Pushed the model away from it", away[:ASIDE_ROWS])
         if "bm25" in baselines:
             best = baselines["bm25"][number]
-            shared = len({row["row"] for row in best} & {row["row"] for row in query["top"]})
+            shared = len({row["row"] for row in best} & {row["row"] for row in towards})
             title = f"For comparison, sharing words with it (BM25; {shared} of its {len(best)} are in the first table)"
             _rows(console, title, best[:ASIDE_ROWS], score="BM25")
         if "random" in baselines:

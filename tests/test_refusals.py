@@ -8,7 +8,7 @@ from tiny_model import make_data, make_model
 from torch import nn
 
 import influent
-from influent.errors import LayerError, SpecError
+from influent.errors import DataError, LayerError, SpecError
 from influent.layers import plan
 
 
@@ -79,3 +79,9 @@ def test_words_beside_a_contrast_are_those_of_its_queries(here, tmp_path):
     assert len(found["queries"]) == 1
     words = {row["id"].split("/")[0] for row in found["baselines"]["bm25"][0]}
     assert words == {"japan", "cuba"}
+
+
+def test_an_index_of_nothing_but_skipped_rows_is_refused(here, tmp_path):
+    with pytest.raises(DataError, match=r"every row was skipped \(2 no target tokens\)"):
+        influent.index(str(here / "model"), [{"text": "a"}, {"text": "b"}], str(tmp_path / "out"), compress="mask:4x4")
+    assert not (tmp_path / "out" / "manifest.json").exists()
