@@ -16,7 +16,7 @@ from torch import nn
 
 from influent.errors import SpecError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a reader may compare without loading a model.
 CONFIG_FACTS = (
     "model_type",
