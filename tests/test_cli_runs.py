@@ -321,11 +321,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes_later(
 
 
 def test_an_interrupted_index_resumes_to_the_same_bytes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("long.jsonl").write_text("".join(json.dumps({"text": f"row {i}: " + "word " * 30}) + "\n" for i in range(150)))
+    Path("long.jsonl").write_text("".join(json.dumps({"text": f"row {i}: " + "word " * 30}) + "\n" for i in range(60)))
     arguments = ["index", "model", "long.jsonl", "-o", "stopped", "--compress", "mask:8x8", "--shard-rows", "4"]
     arguments += ["--token-budget", "64"]
     line = [sys.executable, "-m", "influent.cli", *arguments]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        line,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=ENVIRONMENT,
+        # a shell starts background jobs with SIGINT ignored, and a suite run as one hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 300
     while not Path("stopped/shards/000001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
