@@ -321,7 +321,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes_later(
 
 
 def test_an_interrupted_index_resumes_to_the_same_bytes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("long.jsonl").write_text("".join(json.dumps({"text": f"row {i}: " + "word " * 30}) + "\n" for i in range(60)))
+    Path("long.jsonl").write_text("".join(json.dumps({"text": f"row {i}: " + "word " * 30}) + "\n" for i in range(100)))
     arguments = ["index", "model", "long.jsonl", "-o", "stopped", "--compress", "mask:8x8", "--shard-rows", "4"]
     arguments += ["--token-budget", "64"]
     line = [sys.executable, "-m", "influent.cli", *arguments]
