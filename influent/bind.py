@@ -15,7 +15,7 @@ from torch import Tensor
 from influent.compress import Compress, Stage
 from influent.gradients import Flat, Grad, Outer, Side
 from influent.layers import Block
-from influent.maps import DENSE_LIMIT, SJLT, Map, Mask, draw
+from influent.maps import DENSE_LIMIT, SJLT, Map, Mask, draw, wide, with_one
 from influent.rng import Stream
 
 # Gathering k entries position by position beats forming the p-entry gradient by a matrix product from about here on:
@@ -61,9 +61,9 @@ class Bound:
     def join(self, grad: Grad) -> Float[Tensor, "B K"]:
         """Rows from mapped sides (`Outer`) or from a vector block's gradient (`Flat`), scaled."""
         if isinstance(grad, Flat):
-            row, rest = _wide(grad.g), self.flat
+            row, rest = wide(grad.g), self.flat
         else:
-            row, rest = self._first(Outer(_wide(grad.a), _wide(grad.d), grad.in_width, grad.out_width))
+            row, rest = self._first(Outer(wide(grad.a), wide(grad.d), grad.in_width, grad.out_width))
         for m in rest:
             row = m.raw(row)
         return row * self.scale
@@ -117,18 +117,14 @@ def _draw(stage: Stage, p: int, k: int, seed: int, block: Block, side: str) -> M
 
 def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:
     if not maps:
-        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if bias else x
+        return with_one(x) if bias else x
     first, rest = maps[0], maps[1:]
     if not x.is_floating_point():
         x = first.onehot(x)
     elif isinstance(first, Mask):  # a mask only copies: it keeps a 16-bit side in 16 bits until the join
         x = first.affine(x) if bias else first.raw(x)
     else:
-        x = first.affine(_wide(x)) if bias else first.raw(_wide(x))
+        x = first.affine(wide(x)) if bias else first.raw(wide(x))
     for m in rest:
-        x = m.raw(x if isinstance(m, Mask) else _wide(x))
+        x = m.raw(x if isinstance(m, Mask) else wide(x))
     return x
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

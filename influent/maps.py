@@ -75,11 +75,13 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
     raise SpecError(f"map kind {kind!r} is not known")
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Never narrower than float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _with_one(x: Tensor) -> Tensor:
+def with_one(x: Tensor) -> Tensor:
+    """[x, 1]: the ones column of a bias."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
 
@@ -94,10 +96,10 @@ class _Linear:
         raise AssertionError("every map defines raw")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.raw(_wide(x)) * self.scale
+        return self.raw(wide(x)) * self.scale
 
     def affine(self, x: Tensor) -> Tensor:
-        return self.raw(_with_one(x))
+        return self.raw(with_one(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ class Mask(_Linear):
     def affine(self, x: Tensor) -> Tensor:
         if int(self.kept[-1]) < self.p - 1:
             return self.raw(x)
-        return _with_one(Mask(self.p - 1, self.kept[:-1]).raw(x))
+        return with_one(Mask(self.p - 1, self.kept[:-1]).raw(x))
 
     def to(self, device: torch.device) -> "Mask":
         return Mask(self.p, self.kept.to(device))
@@ -184,7 +186,7 @@ class Dense(_Linear):
 
     def affine(self, x: Tensor) -> Tensor:
         if self.matrix is None:
-            return self.raw(_with_one(x))
+            return self.raw(with_one(x))
         matrix = self.matrix.to(x.dtype)
         return x @ matrix[:-1] + matrix[-1]
 

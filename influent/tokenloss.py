@@ -17,7 +17,7 @@ CPU_ENTRIES, DEVICE_ENTRIES = 2**19, 2**26
 
 def token_losses(logits: Float[Tensor, "n V"], at: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
     """-log softmax(logits[at])[labels], in float32 or wider; the gradient is zero at other positions."""
-    return _TokenLosses.apply(logits, at, labels)  # type: ignore[no-any-return]
+    return _TokenLosses.apply(logits, at, labels)
 
 
 class _TokenLosses(torch.autograd.Function):
