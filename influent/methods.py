@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from influent import catalog as catalogs
 from influent import rowstore
 from influent.catalog import Catalog
+from influent.choosing import choose_curvature, damping_of, method_facts
 from influent.compress import Compress
 from influent.errors import DataError, SpecError
 from influent.progress import Progress
@@ -23,10 +24,8 @@ from influent.storage import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from influent.curvature import Curvature, Damping
     from influent.task import Task
 
-DEFAULT_DAMPING = "relative:0.1"
 DEFAULT_LENGTH = 512
 
 
@@ -63,6 +62,11 @@ METHODS: dict[str, Method] = {
     "logra": Method("loss", _logra, "fim"),
     "graddot": Method("loss", _factgrass, "identity"),
 }
+
+
+def own_curvature(index: Index) -> str:
+    """The curvature that the index's method asks for when a query names none."""
+    return METHODS[index.notes["method"]].curvature
 
 
 def index(
@@ -151,7 +155,7 @@ def fit(
     """
     from influent import curvature as curvatures
 
-    amount = _damping(curvature, damping)
+    amount = damping_of(curvature, damping)
     fitted = curvatures.fit(Index.open(index), curvature=curvature, damping=amount, progress=progress)
     shown = None if amount is None else str(amount)
     return {"name": fitted.name, "curvature": curvature, "damping": shown, "health": fitted.health()}
@@ -176,7 +180,7 @@ def self_influence(
     from influent.reduce import TopK
 
     opened = Index.open(index)
-    fitted = choose_curvature(opened, curvature, damping, progress)
+    fitted = choose_curvature(opened, curvature, damping, own=own_curvature(opened), progress=progress)
     values = score.self_influence(opened, fitted, progress=progress)
     top = TopK(k)
     best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.unsqueeze(0)))
@@ -199,70 +203,6 @@ def info(index: str) -> dict[str, Any]:
 def verify(index: str) -> dict[str, Any]:
     """Check every committed byte: `{"ok", "errors": [one line each]}`."""
     return rowstore.verify(index)
-
-
-def choose_curvature(index: Index, name: str | None, damping: str | None, progress: Progress | None) -> Curvature:
-    """The curvature that `check_curvature` settles on, fitted now if need be."""
-    from influent import curvature as curvatures
-
-    kind, amount = check_curvature(index, name, damping)
-    return curvatures.fit(index, curvature=kind, damping=amount, progress=progress)
-
-
-def check_curvature(index: Index, name: str | None, damping: str | None) -> tuple[str, Damping | None]:
-    """What a query's curvature will be, as `curvature.fit` takes it; nothing is fitted and no row is read.
-
-    Without a damping it is that of the one fit there is; of several, or of none, the default. Without a name it is
-    the method's own curvature, or fim if there is a damping.
-
-    Raises:
-        SpecError: no such curvature; its name and `damping` differ; or it names a damping that is not fitted, or
-            several are fitted, none of them the default, and neither the name nor `damping` picks one.
-    """
-    from influent import curvature as curvatures
-    from influent.curvature import Damping
-
-    own = METHODS[index.notes["method"]].curvature
-    name = name or (own if damping is None else "fim")
-    if name == "identity":
-        return name, _damping(name, damping)
-    kind, _, written = name.partition(":")
-    if kind != "fim":
-        known = ", ".join(["identity", "fim", *curvatures.list_fitted(index)])
-        raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
-    asked = Damping.parse(damping) if damping is not None else None
-    named = Damping.parse(written) if written else asked
-    if asked is not None:
-        if named != asked:
-            raise SpecError(f"curvature {name!r} and damping {damping!r} differ: give one of the two")
-        return kind, asked
-    fitted, default = curvatures.list_fitted(index), Damping.parse(DEFAULT_DAMPING)
-    if named is None and (not fitted or f"fim:{default}" in fitted):
-        return kind, default
-    found = curvatures.find(index, kind if named is None else f"fim:{named}")
-    return kind, Damping.parse(found.name.partition(":")[2])
-
-
-def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
-    """What a result says of how it was made."""
-    return {
-        "name": index.notes["method"],
-        "compress": index.spec["compress"],
-        "curvature": fitted.name,
-        "layers": len(index.keys),
-        "rows": index.n,
-        "health": fitted.health(),
-    }
-
-
-def _damping(curvature: str, text: str | None) -> Damping | None:
-    from influent.curvature import Damping
-
-    if curvature != "identity":
-        return Damping.parse(text or DEFAULT_DAMPING)
-    if text is not None:
-        raise SpecError(f"curvature identity takes no damping, got {text!r}")
-    return None
 
 
 def _catalogue(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from influent import baselines, score
 from influent.attach import Attached, Run, Setting, attach, check_same
+from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
 from influent.errors import DataError, SpecError
-from influent.methods import choose_curvature, method_facts
+from influent.methods import own_curvature
 from influent.progress import Progress
 from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
@@ -67,7 +68,7 @@ def query(
     opened = Index.open(index)
     asked, shown = _read(_given(prompt, completion, queries), task)
     against, _ = _read(control, task) if control is not None else ([], [])
-    fitted = choose_curvature(opened, curvature, damping, progress)
+    fitted = choose_curvature(opened, curvature, damping, own=own_curvature(opened), progress=progress)
     words = [display_text(content) for content in shown]
     run = Run(token_budget=token_budget, device=device)
     with attach(_model(model, opened), task, _setting(opened), run) as attached:

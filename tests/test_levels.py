@@ -12,11 +12,11 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records", "reduce",
+    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records", "reduce",
      "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
     ["collect", "curvature", "extract", "rowstore"],
-    ["attach", "filling", "methods", "querying", "score"],
+    ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -24,7 +24,9 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LAZY = {("cli", "__init__")}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "fsspec"}
 LIGHT = [
+    "choosing",
     "cli",
+    "codec",
     "compress",
     "errors",
     "methods",

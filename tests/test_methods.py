@@ -16,10 +16,10 @@ from tiny_model import FACTS, make_data, make_model
 from torch import Tensor, nn
 
 import influent
+from influent.choosing import check_curvature, choose_curvature
 from influent.curvature import Damping, fit, list_fitted
 from influent.errors import DataError, MismatchError, SpecError
 from influent.layers import plan
-from influent.methods import check_curvature, choose_curvature
 from influent.rowstore import Index
 from influent.task import CausalLM, Classification
 
@@ -389,9 +389,7 @@ FITS = [
 
 @pytest.fixture
 def bare(tmp_path) -> Index:
-    opened = write_index(tmp_path / "bare", random_rows(6, {"a": 4}))
-    opened.notes["method"] = "factgrass"
-    return opened
+    return write_index(tmp_path / "bare", random_rows(6, {"a": 4}))
 
 
 @pytest.mark.parametrize(("fitted", "name", "damping", "expected"), FITS)
@@ -399,9 +397,9 @@ def test_the_curvature_that_is_meant(bare, fitted, name, damping, expected):
     for each in fitted:
         fit(bare, damping=Damping.parse(each))
     before = list_fitted(bare)
-    check_curvature(bare, name, damping)
+    check_curvature(bare, name, damping, own="fim")
     assert list_fitted(bare) == before
-    assert choose_curvature(bare, name, damping, None).name == expected
+    assert choose_curvature(bare, name, damping, own="fim").name == expected
 
 
 @pytest.mark.parametrize(
@@ -422,4 +420,4 @@ def test_a_curvature_that_cannot_be_meant_is_refused_without_a_fit(bare, name, d
     for each in ("absolute:2", "relative:0.5"):
         fit(bare, damping=Damping.parse(each))
     with pytest.raises(SpecError, match=message):
-        check_curvature(bare, name, damping)
+        check_curvature(bare, name, damping, own="fim")
