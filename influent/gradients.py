@@ -1,4 +1,4 @@
-"""What hooks emit and rows hold: the per-example gradient of one block, factored (`Outer`) or flat (`Flat`).
+"""What hooks emit and rows hold: the per-example gradient of one block, factored (`Outer`, `LowRank`) or flat (`Flat`).
 
 A gradient's flat order is input-major: entry (i, o) of sum_t a_t (x) d_t stands at i * O + o, so that a factorised
 map A (x) B acts on the flat vector as their Kronecker product.
@@ -46,17 +46,93 @@ _GATHER_ENTRIES = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A gradient that is a vector already: a norm layer's, or a stored row."""
+    """A gradient that is a vector already: a norm layer's, or a dense stored row."""
 
     g: Float[Tensor, "B K"]
+
+    def __len__(self) -> int:
+        return len(self.g)
+
+    def __getitem__(self, rows: slice) -> "Flat":
+        return Flat(self.g[rows])
+
+    def to(self, dtype: torch.dtype) -> "Flat":
+        """The same rows as `dtype`; without a copy if they are already."""
+        return Flat(self.g.to(dtype))
 
     def flat(self) -> Float[Tensor, "B K"]:
         return self.g
 
+    def columns(self, lo: int, hi: int) -> Float[Tensor, "B k"]:
+        """The columns lo..hi-1 of `flat()`."""
+        return self.g[:, lo:hi]
+
     def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
-        return q @ self.g.T
+        """Inner products with flat query vectors, in the queries' dtype."""
+        return q @ self.g.to(q.dtype).T
+
+    def squares(self) -> Float[Tensor, " B"]:
+        """Squared norms, float64, good to 3e-7: the float32 kernel is ten times as fast as the float64 one, and rows
+        whose squares could leave its range are done in float64."""
+        total = torch.zeros(len(self.g), dtype=torch.float64, device=self.g.device)
+        for piece in self.g.split(_SHORT_SUM, dim=1):
+            piece = piece if piece.dtype == torch.float64 else piece.float()
+            norms = torch.linalg.vector_norm(piece, dim=1).double()
+            unsafe = ~((norms > 1e-15) & (norms < 1e15))
+            if bool(unsafe.any()):
+                norms[unsafe] = torch.linalg.vector_norm(piece[unsafe].double(), dim=1)
+            total += norms.square()
+        return total
 
 
+_SHORT_SUM = 1 << 12  # float32 sums of squares drift beyond this length
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """sum_r v[b, r] (x) u[b, r]: a matrix of rank R at most, never formed unless asked for."""
+
+    u: Float[Tensor, "B R O"]
+    v: Float[Tensor, "B R I"]
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+    def __getitem__(self, rows: slice) -> "LowRank":
+        return LowRank(self.u[rows], self.v[rows])
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """The same factors as `dtype`; without a copy if they are already."""
+        return LowRank(self.u.to(dtype), self.v.to(dtype))
+
+    def flat(self) -> Float[Tensor, "B K"]:
+        """The matrices as vectors, K = I * O, input-major."""
+        return torch.bmm(self.v.transpose(1, 2), self.u).flatten(1)
+
+    def columns(self, lo: int, hi: int) -> Float[Tensor, "B k"]:
+        """The columns lo..hi-1 of `flat()`, from the inputs that they belong to alone."""
+        width = self.u.shape[2]
+        first = lo // width
+        part = LowRank(self.u, self.v[:, :, first : -(-hi // width)])
+        return part.flat()[:, lo - first * width : hi - first * width]
+
+    def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
+        """Inner products with flat query vectors, in the queries' dtype, one query at a time: B * R * K products each
+        and B * R * O numbers held; the matrices are not formed."""
+        u, v = (side.to(q.dtype) for side in (self.u, self.v))
+        out = q.new_empty(len(q), len(u))
+        for i, matrix in enumerate(q.unflatten(1, (v.shape[2], u.shape[2]))):
+            out[i] = (v @ matrix).mul_(u).sum((1, 2))
+        return out
+
+    def squares(self) -> Float[Tensor, " B"]:
+        """Squared norms, float64: sum over r, s of (u_r . u_s)(v_r . v_s), in R^2 (I + O) products a row."""
+        u, v = self.u.double(), self.v.double()
+        grams = (u @ u.transpose(1, 2)).mul_(v @ v.transpose(1, 2))  # [B, R, R]
+        return grams.sum((1, 2)).clamp_(min=0)  # rounding alone can leave a negative zero
+
+
+Row = Flat | LowRank  # what a stored row of one block is once decoded
 Grad = Outer | Flat
 
 

@@ -12,8 +12,8 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records", "reduce",
-     "sides", "task", "tokenloss"],
+    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records",
+     "reduce", "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
     ["collect", "curvature", "extract", "rowstore"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
