@@ -70,6 +70,9 @@ class Compress:
 
     def width(self, block: "Block") -> int:
         """Entries of a block's row: every size is capped at the width it is applied to."""
+        factors = self.factors(block)
+        if factors is not None:
+            return factors[0] * factors[1]
         inner, outer, flat = block.in_width, block.out_width, block.width
         for stage in self.stages:
             if stage.out is not None and not block.is_vector:
@@ -78,6 +81,15 @@ class Compress:
             else:
                 flat = min(flat, stage.size * (stage.out or 1))
         return flat
+
+    def factors(self, block: "Block") -> tuple[int, int] | None:
+        """The widths of the two mapped sides, when the row is still their product; None for a flat row."""
+        if block.is_vector or any(stage.out is None for stage in self.stages):
+            return None
+        inner, outer = block.in_width, block.out_width
+        for stage in self.stages:
+            inner, outer = min(inner, stage.size), min(outer, stage.out or outer)
+        return inner, outer
 
     def bind(self, block: "Block", seed: int) -> "Bound":
         """The maps of this compressor for one block: a pure function of (self, block, seed)."""
