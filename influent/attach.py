@@ -4,52 +4,24 @@ Indexing and querying attach in the same way, so that a query's rows can only be
 is the same. Not here: the verbs (methods.py), collecting itself (collect.py).
 """
 
-import bisect
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from influent import loading
+from influent.budget import Budget
 from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
-from influent.layers import Plan, device_of, plan
+from influent.layers import device_of, plan
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
 from influent.task import CausalLM, Task, describe
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Bytes of a stored row, from which the compressor is derived: the largest `sized(side)` that fits."""
-
-    bytes: int
-    rows: str
-    sized: Callable[[int], str]
-
-    def choose(self, tracked: Plan) -> str:
-        """The compressor's text; each layer gets one size, capped at its own. SpecError if none is small enough."""
-        entry = torch.finfo(getattr(torch, self.rows)).bits // 8
-
-        def fits(side: int) -> bool:
-            compressor = Compress.parse(self.sized(side))
-            return entry * sum(compressor.width(block) for block in tracked.blocks) <= self.bytes
-
-        if not fits(1):
-            need = entry * len(tracked.blocks)
-            raise SpecError(
-                f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {need} bytes a row at the least; "
-                "allow more, or track fewer --layers"
-            )
-        largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
-        return self.sized(bisect.bisect_right(range(1, largest + 1), False, key=lambda side: not fits(side)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +29,8 @@ class Setting:
     """What changes a row, apart from the model and the data: it is hashed into an index's digest (or leads to it)."""
 
     compress: str
-    budget: Budget | None = None  # given, it replaces `compress`
+    rows: str = "float32"
+    budget: Budget | None = None  # given, it replaces `compress` and `rows`
     layers: str | None = None
     exclude: str | None = None
     max_length: int = 512
@@ -90,9 +63,11 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """A frozen model with its collector, and `identity`: the digested facts that queries and index must share."""
+    """A frozen model with its collector; `rows`, the codec to store with; and `identity`: the digested facts that
+    queries and index must share."""
 
     collector: Collector
+    rows: str
     identity: dict[str, Any]
     facts: dict[str, Any]
 
@@ -110,11 +85,11 @@ def attach(model: str | nn.Module, task: Task | None, setting: Setting, run: Run
         module, task = _load(model, task, setting, run)
         stack.enter_context(frozen(module))
         tracked = plan(module, setting.layers, setting.exclude)
-        text = setting.compress if setting.budget is None else setting.budget.choose(tracked)
+        text, rows = (setting.compress, setting.rows) if setting.budget is None else setting.budget.choose(tracked)
         compressor, device = Compress.parse(text), device_of(module)
         bound = {block.name: compressor.bind(block, setting.seed).to(device) for block in tracked.blocks}
         collector = Collector(module, tracked, bound, task, run.token_budget, run.skip_nonfinite)
-        yield Attached(collector, _identity(collector, setting, str(compressor)), loading.config_facts(module))
+        yield Attached(collector, rows, _identity(collector, setting, str(compressor)), loading.config_facts(module))
 
 
 def check_same(index: Index, attached: Attached) -> None:

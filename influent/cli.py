@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Doc = Mapping[str, Any]
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
-METHODS = ("factgrass", "logra", "grass", "graddot")
+METHODS = ("factgrass", "lorif", "logra", "grass", "graddot")
 
 app = typer.Typer(
     add_completion=False,
@@ -67,8 +67,9 @@ def index(
         str | None, typer.Option(metavar="SIZE", help="Size of a stored row, e.g. 64KiB; sets the compressor's sizes.")
     ] = None,
     rows: Annotated[
-        str, typer.Option(metavar="CODEC", help="float32, float16 or bfloat16; dense:NAME means the same.")
-    ] = "float32",
+        str | None,
+        typer.Option(metavar="CODEC", help="dense:BITS or rank:C:BITS; BITS float32, bf16, int8, int4, sign, …"),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Layers to track: searched in module names. Default: the blocks' Linears."),

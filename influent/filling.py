@@ -34,7 +34,6 @@ def fill(
     *,
     task: Task | None,
     method: str,
-    rows: str,
     shard_rows: int | None,
     setting: Setting,
     run: Run,
@@ -42,7 +41,7 @@ def fill(
 ) -> None:
     """Write every row that the catalog lists and is not committed yet, then commit the index."""
     with attach(model, task, setting, run) as attached:
-        spec = {**attached.identity, "data": listed.digest, "rows": rows}
+        spec = {**attached.identity, "data": listed.digest, "rows": attached.rows}
         notes = _notes(model, data, method, setting, attached, shard_rows)
         writer = IndexWriter.open(listed.store, spec, notes=notes)
         if writer.committed:

@@ -15,6 +15,7 @@ from influent import catalog as catalogs
 from influent import rowstore
 from influent.catalog import Catalog
 from influent.choosing import choose_curvature, damping_of, method_facts
+from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import DataError, SpecError
 from influent.progress import Progress
@@ -31,16 +32,22 @@ DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the table: what is differentiated, how it is compressed, and the curvature a query uses by default."""
+    """One row of the table: what is differentiated, how it is compressed and stored, and a query's curvature."""
 
     target: str
     sized: Callable[[int], str]  # the compressor whose rows have side * side entries a layer
     curvature: str
+    codec: Callable[[int], str] = lambda side: "float32"  # how such rows are stored
 
     @property
     def compress(self) -> str:
         """The compressor at its default size, 4,096 entries a layer."""
         return self.sized(DEFAULT_SIDE)
+
+    @property
+    def rows(self) -> str:
+        """The row codec at that size."""
+        return self.codec(DEFAULT_SIDE)
 
 
 def _factgrass(side: int) -> str:
@@ -55,12 +62,21 @@ def _logra(side: int) -> str:
     return f"gauss:{side}x{side}"
 
 
+def _lorif(side: int) -> str:
+    return f"whiten:{side}x{side}"
+
+
+def _lorif_rows(side: int) -> str:
+    return f"rank:{max(1, side // 8)}:int4"
+
+
 DEFAULT_SIDE = 64
 METHODS: dict[str, Method] = {
     "factgrass": Method("loss", _factgrass, "fim"),
     "grass": Method("loss", _grass, "fim"),
     "logra": Method("loss", _logra, "fim"),
     "graddot": Method("loss", _factgrass, "identity"),
+    "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
 }
 
 
@@ -77,7 +93,7 @@ def index(
     method: str = "factgrass",
     compress: str | None = None,
     row_bytes: int | None = None,
-    rows: str = "float32",
+    rows: str | None = None,
     layers: str | None = None,
     exclude: str | None = None,
     max_length: int = DEFAULT_LENGTH,
@@ -98,7 +114,8 @@ def index(
     Args:
         model: a Hugging Face folder, hub name or GGUF file of a causal language model; or any module, with its `task`.
         data: a file, folder, hub name or sequence of records; for a task without records, a map-style data set.
-        row_bytes: the size of a stored row; the method's compressor is then the largest that fits it.
+        rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
+        row_bytes: the size of a stored row; the method's compressor (and codec) is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
 
     Returns:
@@ -109,8 +126,6 @@ def index(
     """
     if method not in METHODS:
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
-    if rows not in rowstore.ROWS:
-        raise SpecError(f"rows is {rows!r}, expected one of {', '.join(rowstore.ROWS)}")
     if shard_rows is not None and shard_rows < 1:
         raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
     if task is not None and max_length != DEFAULT_LENGTH:
@@ -119,16 +134,20 @@ def index(
         raise SpecError("dtype is for a model that is loaded here; a module has its own")
     if compress is not None and row_bytes is not None:
         raise SpecError("give --compress or --row-bytes, not both: each sets the size of a row")
-    Compress.parse(compress or METHODS[method].compress)
+    own = METHODS[method]
+    Compress.parse(compress or own.compress)
+    codec = str(Codec.parse(rows or own.rows))
+    kept = own.codec if rows is None else lambda side: codec
     listed = _catalogue(data, Store(out), task=task, limit=limit, keep=catalog, progress=progress)
-    from influent.attach import Budget, Run, Setting  # these import torch
+    from influent.attach import Run, Setting  # these import torch
+    from influent.budget import Budget
     from influent.filling import fill
 
     fill(
-        model, data, listed, task=task, method=method, rows=rows, shard_rows=shard_rows, progress=progress,
+        model, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress,
         setting=Setting(
-            compress=compress or METHODS[method].compress,
-            budget=None if row_bytes is None else Budget(row_bytes, rows, METHODS[method].sized),
+            compress=compress or own.compress, rows=codec,
+            budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
             layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
             seed=seed,
         ),

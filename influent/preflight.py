@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from influent import hub
+from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
 from influent.records import files_of, is_hub_name, read_examples
@@ -22,8 +23,6 @@ from influent.rowstore import Index
 from influent.storage import UNFINISHED, Store
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-FLOATS = ("float32", "float16", "bfloat16")
-SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # A checkpoint whose names begin so carries the full names of the modules; others lack a prefix that only loading adds.
 FULL_NAMES = ("model.", "transformer.", "gpt_neox.", "language_model.")
 
@@ -35,13 +34,9 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def rows(text: str) -> str:
-    """The row dtype that `--rows` means: `float32`, `bf16`, `dense`, `dense:bfloat16`, …"""
-    bits = "float32" if text == "dense" else text.removeprefix("dense:")
-    name = SHORT.get(bits, bits)
-    if name not in FLOATS:
-        raise SpecError(f"--rows: expected dense or dense:BITS with BITS {', '.join((*FLOATS, *SHORT))}, got {text!r}")
-    return name
+def rows(text: str | None) -> str | None:
+    """The canonical text of a row codec; SpecError when it does not parse."""
+    return None if text is None else str(Codec.parse(text))
 
 
 def size(text: str | None) -> int | None:

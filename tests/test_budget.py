@@ -2,40 +2,58 @@
 
 import pytest
 import torch
+from influent.coding import encode
 from tiny_model import make_data, make_model
 from torch import nn
 
 import influent
 from influent import preflight
-from influent.attach import Budget
+from influent.budget import Budget
+from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import SpecError
 from influent.layers import plan
 from influent.methods import METHODS
 
+FIXED = {name: method for name, method in METHODS.items() if name != "lorif"}  # lorif's bases need data to be bound
+LAYERS = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5), nn.LayerNorm(5), nn.Linear(5, 40))
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rows", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [16, 100, 1000, 5000, 10**6])
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("rows", ["float32", "bfloat16", "rank:2:bf16", "rank:3:int4", "dense:sign"])
+@pytest.mark.parametrize("size", [40, 100, 1000, 5000, 10**6])
 def test_the_largest_compressor_that_fits_is_chosen(method, rows, size):
-    tracked = plan(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5), nn.Linear(5, 40)))
-    entry = torch.finfo(getattr(torch, rows)).bits // 8
+    tracked, codec = plan(LAYERS, layers="."), Codec.parse(rows)
 
     def stored(text: str) -> int:
-        bound = [Compress.parse(text).bind(block, 0) for block in tracked.blocks]
-        assert [b.width for b in bound] == [Compress.parse(text).width(b.block) for b in bound]
-        return entry * sum(b.width for b in bound)
+        """By the maps as drawn, and tensors as encoded."""
+        total = 0
+        for block in tracked.blocks:
+            bound = Compress.parse(text).bind(block, 0)
+            factors = None if bound.flat or block.is_vector else (bound.in_width, bound.out_width)
+            coded = encode(codec, torch.randn(1, bound.width), factors, key="x")
+            total += sum(t.numel() * t.element_size() for t in coded.tensors.values()) + (codec.rank is not None)
+        return total
 
-    text = Budget(size, rows, METHODS[method].sized).choose(tracked)
+    text, kept = Budget(size, METHODS[method].sized, lambda side: rows).choose(tracked)
+    assert kept == rows
     assert stored(text) <= size
     side = next(side for side in range(1, 100) if METHODS[method].sized(side) == text)
     larger = stored(METHODS[method].sized(side + 1))
     assert larger > size or larger == stored(text)  # no layer has more to keep
 
 
+@pytest.mark.parametrize(("size", "side"), [(51, 8), (123, 16), (10**6, 41)])
+def test_a_method_with_a_codec_of_its_own_sizes_both(size, side):
+    lorif = METHODS["lorif"]
+    found = Budget(size, lorif.sized, lorif.codec).choose(plan(LAYERS, layers="."))
+    assert found == (f"whiten:{side}x{side}", f"rank:{max(1, side // 8)}:int4")
+
+
 def test_a_budget_too_small_for_one_entry_a_layer_is_refused():
+    small = Budget(4, METHODS["logra"].sized, lambda side: "float32")
     with pytest.raises(SpecError, match="--row-bytes 4: 2 layers need 8 bytes a row"):
-        Budget(4, "float32", METHODS["logra"].sized).choose(plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+        small.choose(plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
 
 
 def test_an_index_keeps_to_its_budget_and_can_be_queried(tmp_path):

@@ -220,9 +220,12 @@ def test_rows_names() -> None:
         "dense:bf16": "bfloat16",
         "fp16": "float16",
         "dense:float16": "float16",
+        "sign": "dense:sign",
+        "rank:1": "rank:1:bfloat16",
+        "rank:8:int4": "rank:8:int4",
     }
     assert {text: preflight.rows(text) for text in names} == names
-    for text in ("", "dense:", "rank:1", "bf16:dense", "sign", ":float32"):
+    for text in ("", "dense:", "rank:0", "bf16:dense", "rank", ":float32"):
         with pytest.raises(SpecError):
             preflight.rows(text)
 

@@ -15,7 +15,7 @@ LEVELS = [
     ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records",
      "reduce", "sides", "task", "tokenloss"],
     ["artifact", "bind", "compress", "gram", "layers"],
-    ["collect", "curvature", "extract", "rowstore"],
+    ["budget", "collect", "curvature", "extract", "rowstore"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip

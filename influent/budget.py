@@ -1,0 +1,48 @@
+"""One dial for the size of a row: the largest setting of a method whose rows fit a number of bytes.
+
+Not here: what a method's settings are (methods.py), the size of a stored block (codec.py).
+"""
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from influent.codec import Codec
+from influent.compress import Compress
+from influent.errors import SpecError
+from influent.layers import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of a stored row, from which compressor and codec are derived: the largest side that fits."""
+
+    bytes: int
+    compress: Callable[[int], str]  # side -> text of the compressor
+    rows: Callable[[int], str]  # side -> text of the row codec
+
+    def choose(self, tracked: Plan) -> tuple[str, str]:
+        """The texts of compressor and codec; each layer gets one size, capped at its own.
+
+        Raises:
+            SpecError: not even the smallest setting fits.
+        """
+        if (least := self._size(tracked, 1)) > self.bytes:
+            raise SpecError(
+                f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {least} bytes a row at the least; "
+                "allow more, or track fewer --layers"
+            )
+        largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
+        sides = range(1, largest + 1)
+        side = bisect.bisect_right(sides, False, key=lambda side: self._size(tracked, side) > self.bytes)
+        return self.compress(side), self.rows(side)
+
+    def _size(self, tracked: Plan, side: int) -> int:
+        return row_bytes(Compress.parse(self.compress(side)), Codec.parse(self.rows(side)), tracked)
+
+
+def row_bytes(compress: Compress, codec: Codec, tracked: Plan) -> int:
+    """Bytes of one row as stored, all blocks together, with the byte a block that tells the energy a rank cut kept."""
+    each = 0 if codec.rank is None else 1
+    return sum(codec.row_bytes(compress.width(block), compress.factors(block)) + each for block in tracked.blocks)
