@@ -17,7 +17,7 @@ from influent.attach import Attached, Run, Setting, attach
 from influent.catalog import Catalog
 from influent.errors import CorruptError, DataError
 from influent.progress import Progress
-from influent.rowstore import Chunk, IndexWriter
+from influent.rowwriter import Chunk, IndexWriter
 from influent.storage import Store
 from influent.task import Encodes, Task
 

@@ -86,19 +86,31 @@ class Payload(Mapping[str, "torch.Tensor"]):
         return self.store.get_range(self.name, self._start + lo, self._start + hi)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        dtype, shape = DTYPES[self._entries[name]["dtype"]][0], self._entries[name]["shape"]
+        return self._view(dtype, shape, *self._entries[name]["data_offsets"])
+
+    def part(self, name: str, lo: int, hi: int) -> torch.Tensor:
+        """Entries [lo, hi) of a tensor's first axis; of a remote tensor nothing else is fetched."""
+        entry = self._entries[name]
+        dtype, size = DTYPES[entry["dtype"]]
+        lo, hi, _ = slice(lo, hi).indices(entry["shape"][0])
+        shape = [max(0, hi - lo), *entry["shape"][1:]]
+        begin = entry["data_offsets"][0] + lo * prod(shape[1:]) * size
+        return self._view(dtype, shape, begin, begin + prod(shape) * size)
+
+    def _view(self, dtype_name: str, shape: list[int], lo: int, hi: int) -> torch.Tensor:
         import torch
 
-        entry = self._entries[name]
-        dtype = getattr(torch, DTYPES[entry["dtype"]][0])
-        lo, hi = entry["data_offsets"]
+        dtype = getattr(torch, dtype_name)
         if lo == hi:
-            return torch.empty(entry["shape"], dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         if (path := self.store.local(self.name)) is None:
-            return torch.frombuffer(bytearray(self.read(name)), dtype=dtype).view(entry["shape"])
+            data = self.store.get_range(self.name, self._start + lo, self._start + hi)
+            return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
         if self._mapped is None:
             # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
             self._mapped = torch.from_file(str(path), shared=False, size=self._end, dtype=torch.uint8)
-        return self._mapped[self._start + lo : self._start + hi].view(dtype).view(entry["shape"])
+        return self._mapped[self._start + lo : self._start + hi].view(dtype).view(shape)
 
 
 def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str, Any]]:

@@ -39,6 +39,11 @@ class Store:
         else:
             self._files = _Remote.at(self.root)
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str] | Store) -> Store:
+        """The store at an address; a store is itself."""
+        return path if isinstance(path, Store) else cls(path)
+
     def __str__(self) -> str:
         return self.root
 

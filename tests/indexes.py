@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from influent import catalog
-from influent.rowstore import Chunk, IndexWriter
+from influent.rowwriter import Chunk, IndexWriter
 from influent.storage import Store
 
 LAYOUT = [

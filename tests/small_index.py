@@ -3,25 +3,25 @@
 import torch
 from torch import Tensor
 
-from influent.rowstore import Index, IndexWriter
+from influent.rowstore import Index
+from influent.rowwriter import write_rows
 
 
-def write_index(path, rows: dict[str, Tensor], *, dtype: str = "float32", shard_rows: int = 5) -> Index:
-    """A finished index with these rows [N, K] by block, cut into shards of `shard_rows`."""
+def write_index(
+    path,
+    rows: dict[str, Tensor],
+    *,
+    dtype: str = "float32",
+    shard_rows: int = 5,
+    codec: str | None = None,
+    factors: dict[str, tuple[int, int]] | None = None,
+) -> Index:
+    """A finished index with these rows [N, K] by block, cut into shards of `shard_rows`; `codec` overrides `dtype`."""
     num_rows = len(next(iter(rows.values())))
-    layout = [
-        {"block": key, "kind": "linear", "in": 1, "out": x.shape[1], "width": x.shape[1]} for key, x in rows.items()
-    ]
-    spec = {
-        "model": {"fingerprint": "none"}, "data": "none", "task": {}, "layout": layout, "compress": "id", "seed": 0,
-        "rng": 1, "rows": dtype, "numerics": {"dtype": "float32", "matmul": "highest"},
-    }  # fmt: skip
-    writer = IndexWriter.open(path, spec, notes={"shard_rows": shard_rows})
-    for chunk in writer.pending(num_rows):
-        part = {key: x[chunk.lo : chunk.hi].float() for key, x in rows.items()}
-        ones = torch.ones(chunk.hi - chunk.lo)
-        writer.write(chunk, part, loss=ones, norm=ones, tokens=ones, dtype=dtype, skipped={})
-    writer.commit({})
+    write_rows(
+        path, lambda lo, hi: {key: x[lo:hi] for key, x in rows.items()},
+        num_rows=num_rows, codec=codec or dtype, factors=factors, shard_rows=shard_rows,
+    )  # fmt: skip
     return Index.open(path)
 
 

@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from indexes import make_index, spec, write_catalog
 
 from influent.errors import CorruptError, FormatError, InfluentError, MismatchError
-from influent.rowstore import Index, IndexWriter, verify
+from influent.rowstore import Index, verify
+from influent.rowwriter import IndexWriter
 from influent.storage import Store
 
 ROWS, SHARD_ROWS = 10, 3

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from indexes import LAYOUT, make_index, rows_of, spec, write_catalog, write_chunk
 
 from influent.errors import CorruptError, FormatError, MismatchError, NumericsError
-from influent.rowstore import Chunk, Index, IndexWriter, info, verify
+from influent.rowstore import Index, info, verify
+from influent.rowwriter import Chunk, IndexWriter
 from influent.storage import Store
 
 DTYPES = ["float32", "float16", "bfloat16"]

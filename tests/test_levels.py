@@ -12,10 +12,10 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hub", "loading", "maps", "payload", "records",
-     "reduce", "sides", "task", "tokenloss"],
-    ["artifact", "bind", "compress", "gram", "layers"],
-    ["budget", "collect", "curvature", "extract", "rowstore"],
+    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload", "records",
+     "reduce", "sides", "task", "tokenloss", "truncate"],
+    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout"],
+    ["budget", "collect", "curvature", "extract", "rowstore", "rowwriter"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip
@@ -35,7 +35,9 @@ LIGHT = [
     "artifact",
     "catalog",
     "records",
+    "layout",
     "rowstore",
+    "rowwriter",
     "storage",
 ]
 PACKAGE = Path(influent.__file__).parent

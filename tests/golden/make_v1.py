@@ -14,7 +14,8 @@ import torch
 
 from influent import catalog
 from influent.artifact import ArtifactWriter
-from influent.rowstore import CATALOG, Chunk, IndexWriter
+from influent.layout import CATALOG
+from influent.rowwriter import Chunk, IndexWriter
 from influent.storage import Store
 
 GOLDEN = Path(__file__).parent / "v1"
