@@ -6,16 +6,18 @@ maps (maps.py), the hooks (extract.py).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influent.compress import Compress, Stage
+from influent.compress import LEARNED, Compress, Stage
+from influent.errors import SpecError
 from influent.gradients import Flat, Grad, Outer, Side
 from influent.layers import Block
-from influent.maps import DENSE_LIMIT, SJLT, Map, Mask, draw, wide, with_one
+from influent.maps import DENSE_LIMIT, SJLT, Basis, Identity, Map, Mask, draw, wide, with_one
 from influent.rng import Stream
 
 # Gathering k entries position by position beats forming the p-entry gradient by a matrix product from about here on:
@@ -92,25 +94,43 @@ class Bound:
         return Bound(self.block, *sides)
 
 
-def bind(compress: Compress, block: Block, seed: int) -> Bound:
-    """Draw the maps of `compress` for `block`: a pure function of the three."""
-    inner: list[Map] = []
-    outer: list[Map] = []
-    flat: list[Map] = []
-    p_in, p_out, p = block.in_width, block.out_width, block.width
+def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor] | None = None) -> Bound:
+    """Draw the maps of `compress` for `block`: a pure function of its arguments.
+
+    Args:
+        bases: the matrices [p, k] of a learned stage for the sides "in" and "out", or "flat" of a vector block; a side
+            without one is left as it is.
+
+    Raises:
+        SpecError: a learned stage without bases, or more hashes than a side is wide.
+    """
+    if compress.learned is not None and bases is None:
+        raise SpecError(f"compressor '{compress}': '{compress.learned}' must be learned from data before it is bound")
+    maps: dict[str, list[Map]] = {"in": [], "out": [], "flat": []}
+    inner, outer, p, flat = block.in_width, block.out_width, block.width, block.is_vector
     for number, stage in enumerate(compress.stages):
-        if stage.out is not None and not block.is_vector:
-            inner.append(_draw(stage, p_in, stage.size, seed, block, f"in/{number}"))
-            outer.append(_draw(stage, p_out, stage.out, seed, block, f"out/{number}"))
-            p_in, p_out = inner[-1].k, outer[-1].k
-            p = p_in * p_out
+        flat = flat or stage.is_flat
+        if flat:
+            todo = [("flat", p, p := stage.length(p))]
         else:
-            flat.append(_draw(stage, p, stage.size * (stage.out or 1), seed, block, f"flat/{number}"))
-            p = flat[-1].k
-    return Bound(block, tuple(inner), tuple(outer), tuple(flat))
+            a, b = stage.sides(inner, outer)
+            todo = [("in", inner, a), ("out", outer, b)]
+            inner, outer, p = a, b, a * b
+        for side, before, after in todo:
+            if stage.kind in LEARNED:
+                maps[side].append(_learned(before, (bases or {}).get(side)))
+            else:
+                maps[side].append(_draw(stage, before, after, seed, block, f"{side}/{number}"))
+    return Bound(block, tuple(maps["in"]), tuple(maps["out"]), tuple(maps["flat"]))
+
+
+def _learned(p: int, matrix: Tensor | None) -> Map:
+    return Identity(p) if matrix is None else Basis(p, matrix.shape[1], matrix)
 
 
 def _draw(stage: Stage, p: int, k: int, seed: int, block: Block, side: str) -> Map:
+    if k < p and stage.nonzeros > k:  # the grammar cannot see it where the size follows from the block's
+        raise SpecError(f"block {block.name}: stage '{stage}' leaves {k} entries, fewer than s={stage.nonzeros}")
     stream = Stream(seed, block.name, stage.kind, side)
     return draw(stage.kind, p, k, stream=stream, nonzeros=stage.nonzeros, law=stage.law)
 

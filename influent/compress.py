@@ -1,41 +1,92 @@
 """The compressor grammar: `stage | stage`, read left to right, and the binding of its maps to one block.
 
-A stage `kind:AxB` works on the two factors of a gradient (A on the input side, B on the output side); `kind:K` works
-on the flat vector, whose order is input-major: entry (i, o) of a layer's gradient stands at i * O + o. On a block
-whose gradient is a vector (a norm layer) `AxB` means its flat counterpart of size A * B. A size is capped at the
-width it is applied to, where the stage becomes the identity. Not here: the maps themselves (maps.py).
+A stage `kind:AxB` works on the two factors of a gradient (A on the input side, B on the output side), `kind:/F` too,
+with sizes that are each block's own widths over F; `kind:K` works on the flat vector, whose order is input-major:
+entry (i, o) of a layer's gradient stands at i * O + o. `rotate` keeps sizes and works on the sides until a flat stage
+has come. On a block whose gradient is a vector (a norm layer) `AxB` means its flat counterpart of size A * B. A size is
+capped at the width it is applied to, where a random stage becomes the identity. Not here: the maps (maps.py), and how
+`pca` and `whiten` learn theirs (bases.py).
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from influent.errors import SpecError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from influent.bind import Bound
     from influent.layers import Block
 
-KINDS = ("mask", "gauss", "rademacher", "sjlt", "fjlt")
+KINDS = ("mask", "gauss", "rademacher", "sjlt", "fjlt")  # drawn from a random stream
+LEARNED = ("pca", "whiten")  # made from a sample of the data, so that they can only come first
+ROTATE = "rotate"
 BUCKET_LAWS = ("balanced", "iid")
-_STAGE = re.compile(r"^(?P<kind>[a-z]+):(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?(?P<options>(?:,[a-z0-9=]+)*)$", re.ASCII)
-_HELP = f"stages are id, or KIND:K or KIND:AxB with KIND one of {', '.join(KINDS)}, joined by ' | '"
+MOMENTS = ("kfac", "grads")  # the first is the default
+POWERS = (0.5, 0.25)  # of whiten; the first is the default
+_STAGE = re.compile(
+    r"^(?P<kind>[a-z]+):(?:/(?P<factor>[1-9]\d*)|(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?)(?P<options>(?:,[a-z0-9=.]+)*)$",
+    re.ASCII,
+)
+_HELP = (
+    f"stages are id, rotate, or KIND:K, KIND:AxB or KIND:/F with KIND one of {', '.join(KINDS)}, or first of all "
+    f"{' or '.join(LEARNED)} with AxB or /F, joined by ' | '"
+)
+# What an option sets; SJLT's s=N is read apart.
+_MOMENTS: dict[str, tuple[str, Any]] = {name: ("moments", name) for name in MOMENTS}
+_OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
+    "sjlt": {law: ("law", law) for law in BUCKET_LAWS},
+    "pca": _MOMENTS,
+    "whiten": {f"p={power}": ("power", power) for power in POWERS} | _MOMENTS,
+}
+_TAKES = {"sjlt": "s=N, iid and balanced", "pca": "kfac or grads", "whiten": "p=0.25 or p=0.5, and kfac or grads"}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: its kind, the size on each side (`out` is None for a flat stage), and SJLT's options."""
+    """One stage: its kind, its size on each side (`out` is None for a flat stage) or its factor, and its options.
+
+    `nonzeros` and `law` are SJLT's; `power` is the exponent by which `whiten` divides, `moments` what it learns from.
+    """
 
     kind: str
-    size: int
+    size: int | None = None
     out: int | None = None
     nonzeros: int = 1
     law: str = "balanced"
+    factor: int | None = None
+    power: float = 0.0
+    moments: str = MOMENTS[0]
 
     def __str__(self) -> str:
-        size = str(self.size) if self.out is None else f"{self.size}x{self.out}"
+        if self.kind == ROTATE:
+            return ROTATE
+        size = f"/{self.factor}" if self.factor is not None else str(self.size)
+        size += "" if self.out is None else f"x{self.out}"
         options = (f",s={self.nonzeros}" if self.nonzeros != 1 else "") + (",iid" if self.law == "iid" else "")
+        options += f",p={self.power}" if self.power not in (0.0, POWERS[0]) else ""
+        options += f",{self.moments}" if self.moments != MOMENTS[0] else ""
         return f"{self.kind}:{size}{options}"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the stage asks for the flat gradient."""
+        return self.size is not None and self.out is None
+
+    def sides(self, p_in: int, p_out: int) -> tuple[int, int]:
+        """The widths that it leaves of two sides."""
+        if self.factor is not None:
+            return max(1, p_in // self.factor), max(1, p_out // self.factor)
+        return min(p_in, self.size or p_in), min(p_out, self.out or p_out)
+
+    def length(self, p: int) -> int:
+        """The width that it leaves of a flat vector."""
+        if self.factor is not None:
+            return max(1, p // self.factor)
+        return p if self.size is None else min(p, self.size * (self.out or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,70 +103,94 @@ class Compress:
         'mask:128x128 | sjlt:4096,s=2'
 
         Raises:
-            SpecError: the text is not in the grammar, or a factorised stage follows a flat one.
+            SpecError: the text is not in the grammar, a factorised stage follows a flat one, or a learned stage is not
+                the first.
         """
         parts = [part.strip() for part in text.split("|")]
         if parts == ["id"]:
             return Compress(())
         stages = tuple(_parse_stage(part, text) for part in parts)
         flat = False
-        for stage in stages:
-            if flat and stage.out is not None:
+        for number, stage in enumerate(stages):
+            if flat and not stage.is_flat and stage.kind != ROTATE:
                 raise SpecError(f"compressor {text!r}: stage '{stage}' is factorised but follows a flat stage; {_HELP}")
-            flat = stage.out is None
+            if number and stage.kind in LEARNED:
+                raise SpecError(f"compressor {text!r}: stage '{stage}' must be the first, it is learned from gradients")
+            flat = flat or stage.is_flat
         return Compress(stages)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.stages)) or "id"
 
+    @property
+    def learned(self) -> Stage | None:
+        """The stage that is learned from a sample of the data, if there is one: the first."""
+        return next((stage for stage in self.stages[:1] if stage.kind in LEARNED), None)
+
     def width(self, block: "Block") -> int:
         """Entries of a block's row: every size is capped at the width it is applied to."""
-        factors = self.factors(block)
-        if factors is not None:
-            return factors[0] * factors[1]
-        inner, outer, flat = block.in_width, block.out_width, block.width
+        inner, outer, flat = block.in_width, block.out_width, block.is_vector
+        width = block.width
         for stage in self.stages:
-            if stage.out is not None and not block.is_vector:
-                inner, outer = min(inner, stage.size), min(outer, stage.out)
-                flat = inner * outer
+            flat = flat or stage.is_flat
+            if flat:
+                width = stage.length(width)
             else:
-                flat = min(flat, stage.size * (stage.out or 1))
-        return flat
+                inner, outer = stage.sides(inner, outer)
+                width = inner * outer
+        return width
 
     def factors(self, block: "Block") -> tuple[int, int] | None:
         """The widths of the two mapped sides, when the row is still their product; None for a flat row."""
-        if block.is_vector or any(stage.out is None for stage in self.stages):
+        if block.is_vector or any(stage.is_flat for stage in self.stages):
             return None
         inner, outer = block.in_width, block.out_width
         for stage in self.stages:
-            inner, outer = min(inner, stage.size), min(outer, stage.out or outer)
+            inner, outer = stage.sides(inner, outer)
         return inner, outer
 
-    def bind(self, block: "Block", seed: int) -> "Bound":
-        """The maps of this compressor for one block: a pure function of (self, block, seed)."""
+    def bind(self, block: "Block", seed: int, bases: "Mapping[str, Tensor] | None" = None) -> "Bound":
+        """The maps of this compressor for one block: a pure function of (self, block, seed, bases).
+
+        Args:
+            bases: the block's matrices of a learned stage, by side (bases.py).
+        """
         from influent.bind import bind
 
-        return bind(self, block, seed)
+        return bind(self, block, seed, bases)
 
 
 def _parse_stage(part: str, text: str) -> Stage:
+    if part == ROTATE:
+        return Stage(ROTATE)
     match = _STAGE.match(part)
-    if match is None or match["kind"] not in KINDS:
+    kind = match["kind"] if match is not None else ""
+    if match is None or kind not in KINDS + LEARNED:
         raise SpecError(f"compressor {text!r}: stage {part!r} is not known; {_HELP}")
-    options = [option for option in match["options"].split(",") if option]
-    if options and match["kind"] != "sjlt":
-        raise SpecError(f"compressor {text!r}: stage {part!r} takes no options; only sjlt takes s=N and iid")
-    if len({option.startswith("s=") for option in options}) < len(options):
-        raise SpecError(f"compressor {text!r}: stage {part!r} sets one thing twice; sjlt takes s=N, iid and balanced")
-    nonzeros, law = 1, "balanced"
+    size, out, factor = (int(match[name]) if match[name] else None for name in ("a", "b", "factor"))
+    if kind in LEARNED and out is None and factor is None:
+        raise SpecError(f"compressor {text!r}: stage {part!r} is learned side by side; {_HELP}")
+    found: dict[str, Any] = {"power": POWERS[0]} if kind == "whiten" else {}
+    found |= _parse_options(kind, [option for option in match["options"].split(",") if option], part, text)
+    if size is not None and found.get("nonzeros", 1) > min(size, out or size):
+        raise SpecError(f"compressor {text!r}: s={found['nonzeros']} is more than the size of stage {part!r}")
+    return Stage(kind, size, out, factor=factor, **found)
+
+
+def _parse_options(kind: str, options: list[str], part: str, text: str) -> dict[str, Any]:
+    """The fields of a stage that its options set."""
+    takes = "; ".join(f"{name} takes {what}" for name, what in _TAKES.items() if name == kind or kind not in _TAKES)
+    if options and kind not in _OPTIONS:
+        raise SpecError(f"compressor {text!r}: stage {part!r} takes no options; {takes}")
+    found: dict[str, Any] = {}
     for option in options:
-        if re.fullmatch(r"s=[1-9]\d*", option):
-            nonzeros = int(option[2:])
-        elif option in BUCKET_LAWS:
-            law = option
+        if kind == "sjlt" and re.fullmatch(r"s=[1-9]\d*", option):
+            field, value = "nonzeros", int(option[2:])
+        elif option in _OPTIONS[kind]:
+            field, value = _OPTIONS[kind][option]
         else:
-            raise SpecError(f"compressor {text!r}: option {option!r} is not known; sjlt takes s=N, iid and balanced")
-    size, out = int(match["a"]), int(match["b"]) if match["b"] else None
-    if nonzeros > min(size, out or size):
-        raise SpecError(f"compressor {text!r}: s={nonzeros} is more than the size of stage {part!r}")
-    return Stage(match["kind"], size, out, nonzeros, law)
+            raise SpecError(f"compressor {text!r}: option {option!r} is not known; {takes}")
+        if field in found:
+            raise SpecError(f"compressor {text!r}: stage {part!r} sets one thing twice; {takes}")
+        found[field] = value
+    return found

@@ -1,9 +1,10 @@
-"""The linear maps on the last axis: Identity, Mask, Gauss, Rademacher, SJLT, FJLT.
+"""The linear maps on the last axis: Identity, Mask, Gauss, Rademacher, SJLT, FJLT, Rotate, Basis.
 
-Each map is a pure function of (kind, p, k, seed, block, side), is unbiased for inner products, and equals its dense
-matrix `M` [p, k] applied to the right: `map(x) = x @ M`. `raw` leaves out the constant `scale`, so that a chain of
-maps multiplies once, at its end. Inputs below float32 are computed in float32. Draws come from rng.py, on the CPU.
-Not here: which map goes where (bind.py) and the grammar (compress.py).
+Each map equals its dense matrix `M` [p, k] applied to the right: `map(x) = x @ M`. All but Basis are pure functions of
+(kind, p, k, seed, block, side) and unbiased for inner products; Rotate keeps them. `raw` leaves out the constant
+`scale`, so that a chain of maps multiplies once, at its end. Inputs below float32 are computed in float32. Draws come
+from rng.py, on the CPU. Not here: which map goes where (bind.py), the grammar (compress.py), how a Basis is learned
+(bases.py).
 """
 
 import math
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influent.errors import SpecError
+from influent.hashing import Hash, draw_hash
 from influent.rng import Stream
 
 # A dense matrix larger than this is drawn again block by block at each use, instead of being kept.
@@ -49,13 +51,15 @@ class Map(Protocol):
 
 
 def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: str = "balanced") -> Map:
-    """The map of `kind` from p to k entries, or the identity where k >= p.
+    """The map of `kind` from p to k entries, or the identity where k >= p; `rotate` has k = p and is a rotation.
 
     Args:
         stream: keyed by (seed, block, kind, side).
         nonzeros: SJLT only: entries per coordinate, at most k.
         law: SJLT only: `balanced` (a permutation cut into equal bins, Li and Li, KDD 2023) or `iid` buckets.
     """
+    if kind == "rotate":
+        return _rotate(p, stream)
     if k >= p:
         return Identity(p)
     match kind:
@@ -66,7 +70,7 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
         case "sjlt":
             # Each hash has a range of its own (Kane and Nelson, 2014, block construction): were they to share all k
             # buckets, their collisions would make the variance larger than that of a single hash.
-            return SJLT(p, k, tuple(_hash(p, (k + r) // nonzeros, stream, law, r) for r in range(nonzeros)))
+            return SJLT(p, k, tuple(draw_hash(p, (k + r) // nonzeros, stream, law, r) for r in range(nonzeros)))
         case "fjlt":
             width = 1 << (p - 1).bit_length()
             rows = torch.from_numpy(stream.subset(width, k))
@@ -202,65 +206,6 @@ def _matrix(kind: str, rows: int, k: int, stream: Stream, *, row: int = 0) -> Te
 
 
 @dataclass(frozen=True, eq=False)
-class Hash:
-    """One non-zero per coordinate: its bucket and sign, and the coordinates laid out level by level.
-
-    Level r lists the r-th coordinate of every bucket that has more than r, buckets ordered by falling count, so that
-    the sum over buckets is one gather and a few whole-vector additions: no atomics, the same on every device.
-    """
-
-    bucket: Int[Tensor, " p"]
-    sign: Float[Tensor, " p"]
-    order: Int[Tensor, " m"]  # coordinates, level after level
-    order_sign: Float[Tensor, " m"]  # 0 where a level was padded to full width
-    levels: tuple[int, ...]  # the width of each level, never increasing
-    place: Int[Tensor, " k"] | None  # where bucket j stands in a level; None: at j
-
-    @property
-    def k(self) -> int:
-        return self.levels[0] if self.place is None else len(self.place)
-
-    def to(self, device: torch.device) -> "Hash":
-        place = None if self.place is None else self.place.to(device)
-        bucket, sign, order, order_sign = (t.to(device) for t in (self.bucket, self.sign, self.order, self.order_sign))
-        return Hash(bucket, sign, order, order_sign, self.levels, place)
-
-    def sum(self, x: Float[Tensor, "n p"]) -> Float[Tensor, "n k"]:
-        """Bucket sums of the signed entries of each row."""
-        gathered = x.index_select(1, self.order).mul_(self.order_sign.to(x.dtype))
-        if self.place is None:
-            return gathered.view(len(x), len(self.levels), self.levels[0]).sum(1)
-        parts = gathered.split(self.levels, dim=1)
-        out = parts[0].clone()
-        for part in parts[1:]:
-            out[:, : part.shape[1]] += part
-        return torch.nn.functional.pad(out, (0, self.k - out.shape[1])).index_select(1, self.place)
-
-
-def _hash(p: int, k: int, stream: Stream, law: str, copy: int) -> Hash:
-    keyed = Stream(stream.seed, stream.block, f"sjlt-{law}", f"{stream.side}/{copy}")
-    sign = torch.from_numpy(Stream(stream.seed, stream.block, "sjlt-signs", keyed.side).signs(p)).float()
-    if law == "balanced":
-        order = torch.from_numpy(keyed.permutation(p))
-        levels = -(-p // k)
-        bucket = torch.empty(p, dtype=torch.int64)
-        bucket[order] = torch.arange(p) % k
-        padding = order.new_zeros(levels * k - p)
-        order_sign = torch.cat([sign[order], torch.zeros(len(padding))])
-        return Hash(bucket, sign, torch.cat([order, padding]), order_sign, (k,) * levels, None)
-    bucket = torch.from_numpy(keyed.buckets(p, k))
-    counts = torch.bincount(bucket, minlength=k)
-    falling = torch.argsort(counts, descending=True, stable=True)
-    place = torch.empty(k, dtype=torch.int64)
-    place[falling] = torch.arange(k)
-    by_bucket = torch.argsort(bucket, stable=True)
-    starts = (counts.cumsum(0) - counts)[bucket[by_bucket]]
-    level = torch.arange(p) - starts
-    order = by_bucket[torch.argsort(level * k + place[bucket[by_bucket]], stable=True)]
-    return Hash(bucket, sign, order, sign[order], tuple(torch.bincount(level).tolist()), place)
-
-
-@dataclass(frozen=True, eq=False)
 class SJLT(_Linear):
     """Sparse Johnson-Lindenstrauss: y[h(j)] += sigma(j) x[j] for each of s hashes, scaled 1 / sqrt(s).
 
@@ -347,6 +292,69 @@ class FJLT(_Linear):
 
     def to(self, device: torch.device) -> "FJLT":
         return FJLT(self.p, self.rows.to(device), self.signs.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate(_Linear):
+    """A random orthonormal rotation: signs and a Walsh-Hadamard transform over sqrt(width).
+
+    A width that is not a power of two has two transforms that overlap, of its first and of its last 2^floor(log2 p)
+    coordinates. Two rounds of them with a permutation between spread every coordinate over all of them: after one, two
+    halves that hardly overlap would still have their own energies. Each transform has signs of its own, because where
+    two nearly coincide the second would undo the first. Gao and Long (SIGMOD 2024) need such a rotation before they
+    keep the signs alone.
+    """
+
+    p: int
+    signs: tuple[Float[Tensor, " p"], ...]  # one of each transform
+    order: Int[Tensor, " p"]  # between the rounds
+
+    @property
+    def k(self) -> int:
+        return self.p
+
+    def raw(self, x: Tensor) -> Tensor:
+        width = 1 << (self.p.bit_length() - 1)
+        rows = x.reshape(-1, self.p)
+        for number, signs in enumerate(self.signs):
+            rows = (rows.index_select(1, self.order) if number == 2 else rows) * signs.to(x.dtype)
+            window = slice(0, width) if number % 2 == 0 else slice(self.p - width, self.p)
+            rows[:, window] = hadamard(rows[:, window]) * width**-0.5
+        return rows.view(x.shape)
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        return self.raw(torch.nn.functional.one_hot(ids.long(), self.p).float())
+
+    def to(self, device: torch.device) -> "Rotate":
+        return Rotate(self.p, tuple(signs.to(device) for signs in self.signs), self.order.to(device))
+
+
+def _rotate(p: int, stream: Stream) -> Rotate:
+    count = 1 if p & (p - 1) == 0 else 4
+    drawn = Stream(stream.seed, stream.block, "rotate-signs", stream.side).signs(count * p)
+    return Rotate(p, torch.from_numpy(drawn).float().split(p), torch.from_numpy(stream.permutation(p)))
+
+
+@dataclass(frozen=True, eq=False)
+class Basis(_Linear):
+    """A matrix that was learned from the data: its columns are directions, weighted or not."""
+
+    p: int
+    k: int
+    matrix: Float[Tensor, "p k"]
+
+    def raw(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.to(x.dtype)
+
+    def onehot(self, ids: Tensor) -> Tensor:
+        return self.matrix[ids.long()].float()
+
+    def affine(self, x: Tensor) -> Tensor:
+        matrix = self.matrix.to(x.dtype)
+        return x @ matrix[:-1] + matrix[-1]
+
+    def to(self, device: torch.device) -> "Basis":
+        return Basis(self.p, self.k, self.matrix.to(device))
 
 
 def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:

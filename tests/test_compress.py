@@ -8,7 +8,7 @@ from oracle_gradients import compressed, dense
 from torch import Tensor
 
 from influent import bind, gradients
-from influent.compress import BUCKET_LAWS, KINDS, Compress, Stage
+from influent.compress import BUCKET_LAWS, KINDS, LEARNED, MOMENTS, POWERS, Compress, Stage
 from influent.errors import SpecError
 from influent.gradients import Flat, Outer
 from influent.layers import Block
@@ -18,20 +18,39 @@ sizes = st.integers(1, 10**7)
 COMPRESSORS = [
     "id", "mask:4x3", "gauss:4x3", "rademacher:4x3", "sjlt:4x3", "sjlt:4x3,s=2,iid", "fjlt:4x3", "mask:6", "gauss:6",
     "rademacher:6", "sjlt:6", "sjlt:6,s=3", "fjlt:6", "mask:20 | sjlt:6", "mask:6x5 | sjlt:8", "mask:6x5 | gauss:3x2",
-    "fjlt:6x5 | mask:12 | rademacher:5", "sjlt:64x2",
+    "fjlt:6x5 | mask:12 | rademacher:5", "sjlt:64x2", "rademacher:/2", "gauss:/100", "sjlt:/3 | rotate", "rotate",
+    "rotate | mask:4x3 | rotate", "mask:20 | rotate", "mask:6x5 | gauss:/3 | rotate | sjlt:2 | rotate",
 ]  # fmt: skip
 
 
 @st.composite
 def stages(draw, flat: bool) -> Stage:
-    kind = draw(st.sampled_from(KINDS))
+    kind = draw(st.sampled_from([*KINDS, "rotate"]))
+    if kind == "rotate":
+        return Stage("rotate")
     size, out = draw(sizes), None if flat else draw(sizes)
+    factor = None if flat else draw(st.none() | sizes)
+    if factor is not None:
+        size = out = None
     if kind != "sjlt":
-        return Stage(kind, size, out)
-    return Stage(kind, size, out, draw(st.integers(1, min(size, out or size))), draw(st.sampled_from(BUCKET_LAWS)))
+        return Stage(kind, size, out, factor=factor)
+    most = factor if size is None else min(size, out or size)
+    return Stage(kind, size, out, draw(st.integers(1, most)), draw(st.sampled_from(BUCKET_LAWS)), factor)
 
 
-factored, flat = st.lists(stages(False)), st.lists(stages(True))
+@st.composite
+def learned(draw) -> list[Stage]:
+    kind = draw(st.sampled_from([None, *LEARNED]))
+    if kind is None:
+        return []
+    power = draw(st.sampled_from(POWERS)) if kind == "whiten" else 0.0
+    sized = draw(st.booleans())
+    size, out, factor = (draw(sizes), draw(sizes), None) if sized else (None, None, draw(sizes))
+    return [Stage(kind, size, out, factor=factor, power=power, moments=draw(st.sampled_from(MOMENTS)))]
+
+
+factored = st.builds(lambda first, rest: [*first, *rest], learned(), st.lists(stages(False)))
+flat = st.lists(stages(True))
 
 
 @given(factored, flat)
@@ -53,6 +72,12 @@ def test_spaces_around_bars_are_free(factored, flat, bar):
         ("mask:128x128|sjlt:4096", "mask:128x128 | sjlt:4096"),
         ("sjlt:64,balanced,s=1", "sjlt:64"),
         ("sjlt:64,iid,s=2", "sjlt:64,s=2,iid"),
+        ("rademacher:/16|rotate", "rademacher:/16 | rotate"),
+        ("sjlt:/16,s=2", "sjlt:/16,s=2"),
+        ("pca:8x4", "pca:8x4"),
+        ("pca:/16,grads", "pca:/16,grads"),
+        ("whiten:8x4,kfac,p=0.5|rotate", "whiten:8x4 | rotate"),
+        ("whiten:8x4,grads,p=0.25 | mask:9", "whiten:8x4,p=0.25,grads | mask:9"),
     ],
 )
 def test_canonical_text(text, canonical):
@@ -63,16 +88,38 @@ UNKNOWN = [
     "", " ", "|", "mask", "mask:", ":4", "4", "mask:0", "mask:-4", "mask:4.5", "mask:1e3", "mask:04", "mask:4x0",
     "mask:4x", "mask:x4", "mask:4x4x4", "mask:4X4", "MASK:4", "Mask:4", "mask 4", "mask: 4", "mask:4 sjlt:4",
     "mask:4 |", "| mask:4", "mask:4 || sjlt:2", "mask:4;sjlt:2", "mask:1\u0664", "id | mask:4", "mask:4 | id", "id:4",
-    "pca:4x4", "whiten:4x4", "select:mask.safetensors", "nonsense:4", "sjlt:4,", "sjlt:4, s=2", "sjlt:4,S=2",
+    "pca:4", "whiten:4", "pca", "rotate:4", "rotate:4x4", "rotate,s=2", "rotate rotate", "mask:/", "mask:/0",
+    "mask:4/2", "mask:/2x2", "mask:/-1", "mask:16 | sjlt:/2", "select:mask.safetensors", "nonsense:4",
+    "sjlt:4,", "sjlt:4, s=2", "sjlt:4,S=2",
     "mask:4\nsjlt:2", "mask:16 | sjlt:4x4", "mask:4x4 | sjlt:16 | gauss:2x2",
 ]  # fmt: skip
 OPTIONS = [
-    "sjlt:4,s=0", "sjlt:4,s=", "sjlt:4,s=01", "sjlt:4,foo", "sjlt:4,s", "sjlt:4,iid=1", "mask:4,iid", "gauss:4x4,s=2",
-    "sjlt:4,s=1,s=2", "sjlt:4,iid,balanced", "sjlt:4,iid,iid",
+    "sjlt:4,s=0",
+    "sjlt:4,s=",
+    "sjlt:4,s=01",
+    "sjlt:4,foo",
+    "sjlt:4,s",
+    "sjlt:4,iid=1",
+    "mask:4,iid",
+    "gauss:4x4,s=2",
+    "sjlt:4,s=1,s=2",
+    "sjlt:4,iid,balanced",
+    "sjlt:4,iid,iid",
+    "sjlt:/4,kfac",
+    "fjlt:/4,s=2",
+]
+LEARNED_OPTIONS = [
+    "whiten:4x4,p=0.75", "whiten:4x4,p=1", "whiten:4x4,p=0.50", "whiten:4x4,s=2", "whiten:4x4,p=0.5,p=0.25",
+    "whiten:4x4,kfac,grads", "whiten:/4,iid",
 ]  # fmt: skip
 ALLOWED = [
-    *((text, f"stages are id, or KIND:K or KIND:AxB with KIND one of {', '.join(KINDS)}") for text in UNKNOWN),
+    *((text, f"KIND:K, KIND:AxB or KIND:/F with KIND one of {', '.join(KINDS)}, or first") for text in UNKNOWN),
     *((text, r"sjlt takes s=N(,| and) iid") for text in OPTIONS),
+    *((text, "whiten takes p=0.25 or p=0.5, and kfac or grads") for text in LEARNED_OPTIONS),
+    ("pca:4x4,p=0.5", "option 'p=0.5' is not known; pca takes kfac or grads"),
+    ("mask:4x4 | whiten:2x2", "stage 'whiten:2x2' must be the first"),
+    ("pca:4x4 | pca:2x2", "stage 'pca:2x2' must be the first"),
+    ("rotate | pca:2x2", "stage 'pca:2x2' must be the first"),
     ("sjlt:4,s=5", "s=5 is more than the size of stage 'sjlt:4,s=5'"),
     ("sjlt:8x2,s=3", "s=3 is more than the size"),
 ]
@@ -87,7 +134,7 @@ def test_every_malformed_text_says_what_is_allowed(text, allowed):
     assert "\n" not in message
 
 
-@given(st.text(alphabet="idmaskgujlte:x|,=s 0123456789", max_size=20))
+@given(st.text(alphabet="idmaskgujlteropcwhn:x/|,=s. 0123456789", max_size=20))
 def test_any_text_is_parsed_or_refused(text):
     try:
         compress = Compress.parse(text)
@@ -130,6 +177,51 @@ def test_the_ones_column_of_a_bias_goes_through_the_maps(text):
     a[..., -1] = 1
     without = Outer(bound.map_in(a[..., :-1], bias=True), bound.map_out(d), bound.in_width, bound.out_width)
     torch.testing.assert_close(bound.join(without), join(bound, a, d), rtol=1e-9, atol=1e-9)
+
+
+def bound_sizes(bound: bind.Bound) -> tuple[int, tuple[int, int] | None]:
+    factored = not bound.flat and not bound.block.is_vector
+    return bound.width, (bound.in_width, bound.out_width) if factored else None
+
+
+@pytest.mark.parametrize("text", COMPRESSORS)
+@pytest.mark.parametrize("block", [LINEAR, NORM, Block("thin", "linear", 1, 3)])
+def test_the_widths_are_known_before_anything_is_drawn(text, block):
+    compress = Compress.parse(text)
+    assert bound_sizes(compress.bind(block, 0)) == (compress.width(block), compress.factors(block))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_divides_the_widths_of_each_block(kind):
+    big = Block("big", "linear", 100, 33)
+    compress = Compress.parse(f"{kind}:/16")
+    assert compress.factors(big) == (6, 2)
+    assert compress.factors(LINEAR) == (1, 1)
+    assert (compress.width(NORM), compress.factors(NORM)) == (2, None)
+    same = Compress.parse(f"{kind}:6x2").bind(big, 0)
+    a, d = sides(big)
+    assert torch.equal(join(compress.bind(big, 0), a, d), join(same, a, d))
+    assert Compress.parse(f"{kind}:/1").bind(LINEAR, 0).width == 63
+
+
+def test_more_hashes_than_a_factor_leaves_entries_are_refused():
+    with pytest.raises(SpecError, match="block layer: stage 'sjlt:/3,s=3' leaves 2 entries, fewer than s=3"):
+        Compress.parse("sjlt:/3,s=3").bind(LINEAR, 0)
+    assert Compress.parse("sjlt:8x8,s=8").bind(Block("thin", "linear", 3, 2), 0).width == 6
+
+
+def test_a_rotation_keeps_every_inner_product():
+    a, d = sides(LINEAR)
+    exact = torch.einsum("bti,bto->bio", a, d).flatten(1)
+    for text in ("rotate", "rotate | rotate", "sjlt:100 | rotate", "rotate | gauss:9x7"):
+        rows = join(Compress.parse(text).bind(LINEAR, 0), a, d)
+        torch.testing.assert_close(rows @ rows.T, exact @ exact.T)
+        assert not torch.allclose(rows, exact)
+
+
+def test_a_learned_stage_needs_its_bases():
+    with pytest.raises(SpecError, match="'pca:2x2' must be learned from data before it is bound"):
+        Compress.parse("pca:2x2 | rotate").bind(LINEAR, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +273,8 @@ SPARSE = ["sjlt:9", "sjlt:9,s=2", "sjlt:9,iid", "sjlt:9 | gauss:3", "mask:3x60 |
 
 
 @pytest.mark.parametrize(
-    "text", [*SPARSE, "id", "mask:4", "mask:200", "gauss:7", "mask:3x20 | sjlt:9", "sjlt:4x8", "fjlt:9"]
+    "text",
+    [*SPARSE, "id", "mask:4", "mask:200", "gauss:7", "mask:3x20 | sjlt:9", "sjlt:4x8", "fjlt:9", "rotate", "gauss:/2"],
 )
 def test_an_embedding_by_its_ids_is_the_embedding_by_one_hot_vectors(text, monkeypatch):
     bound = Compress.parse(text).bind(EMBEDDING, 0)

@@ -12,10 +12,10 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "codec", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload", "records",
-     "reduce", "sides", "task", "tokenloss", "truncate"],
-    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout"],
-    ["budget", "collect", "curvature", "extract", "rowstore", "rowwriter"],
+    ["baselines", "catalog", "codec", "damping", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload",
+     "records", "reduce", "sides", "task", "tokenloss", "truncate"],
+    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout", "lowrank"],
+    ["budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip
@@ -28,6 +28,7 @@ LIGHT = [
     "cli",
     "codec",
     "compress",
+    "damping",
     "errors",
     "methods",
     "preflight",
