@@ -5,59 +5,132 @@ Not here: the fit itself (curvature.py). Torch is imported only by what needs it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from influent.damping import DEFAULT, Damping, Published
 from influent.errors import SpecError
 from influent.progress import Progress
 from influent.rowstore import Index
 
 if TYPE_CHECKING:
-    from influent.curvature import Curvature, Damping
+    from influent.curvature import Curvature
+    from influent.truncated import Name
 
-DEFAULT_DAMPING = "relative:0.1"
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A curvature as `curvature.fit` takes it."""
+
+    curvature: str
+    damping: Damping | Published | None
 
 
 def choose_curvature(
-    index: Index, name: str | None, damping: str | None, *, own: str, progress: Progress | None = None
+    index: Index,
+    name: str | None,
+    damping: str | None,
+    *,
+    own: str,
+    parity: str | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
 ) -> Curvature:
-    """The curvature that `check_curvature` settles on, fitted now if need be."""
+    """The curvature that `check_curvature` settles on, fitted now if need be; `memory` MiB bound the rows held."""
     from influent import curvature as curvatures
 
-    kind, amount = check_curvature(index, name, damping, own=own)
-    return curvatures.fit(index, curvature=kind, damping=amount, progress=progress)
+    wanted = check_curvature(index, name, damping, own=own, parity=parity)
+    return curvatures.fit(
+        index, curvature=wanted.curvature, damping=wanted.damping, memory=memory or curvatures.MEMORY, progress=progress
+    )
 
 
-def check_curvature(index: Index, name: str | None, damping: str | None, *, own: str) -> tuple[str, Damping | None]:
-    """What a query's curvature will be, as `curvature.fit` takes it; nothing is fitted and no row is read.
+def check_curvature(
+    index: Index, name: str | None, damping: str | None, *, own: str, parity: str | None = None
+) -> Choice:
+    """What a query's curvature will be; nothing is fitted and no row is read.
 
-    Without a damping it is that of the one fit there is; of several, or of none, the default. Without a name it is
-    the method's own curvature, `own`, or fim if there is a damping.
+    Without a name it is the method's own curvature, `own`, or fim if that takes no damping and there is one. Without a
+    damping, fim has that of the one fit there is; of several, or of none, the default. Without a rank, lowrank and
+    sketch are the one that is fitted to the present rows; of several, or of none, the default. `parity`, paper or
+    release, is a published rule for the damping of a low-rank curvature, in place of one.
 
     Raises:
         SpecError: no such curvature; its name and `damping` differ; or it names a damping that is not fitted, or
             several are fitted, none of them the default, and neither the name nor `damping` picks one.
     """
     from influent import curvature as curvatures
-    from influent.curvature import Damping
+    from influent.truncated import split_name
 
-    name = name or (own if damping is None else "fim")
+    rule = _rule(parity, damping)
+    if name is None and own == "identity" and damping is not None:
+        name = "fim"
+    name = name or own
     if name == "identity":
-        return name, damping_of(name, damping)
+        if rule is not None:
+            raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
+        return Choice(name, damping_of(name, damping))
+    wanted, has_own = split_name(name)
+    if wanted is not None:
+        return Choice(_basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping))
     kind, _, written = name.partition(":")
     if kind != "fim":
-        known = ", ".join(["identity", "fim", *curvatures.list_fitted(index)])
+        known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", *curvatures.list_fitted(index)])
         raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
+    if rule is not None:
+        raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
+    return Choice(kind, _fim_damping(index, name, written, damping))
+
+
+def _fim_damping(index: Index, name: str, written: str, damping: str | None) -> Damping:
+    from influent import curvature as curvatures
+
     asked = Damping.parse(damping) if damping is not None else None
     named = Damping.parse(written) if written else asked
     if asked is not None:
         if named != asked:
             raise SpecError(f"curvature {name!r} and damping {damping!r} differ: give one of the two")
-        return kind, asked
-    fitted, default = curvatures.list_fitted(index), Damping.parse(DEFAULT_DAMPING)
-    if named is None and (not fitted or f"fim:{default}" in fitted):
-        return kind, default
-    found = curvatures.find(index, kind if named is None else f"fim:{named}")
-    return kind, Damping.parse(found.name.partition(":")[2])
+        return asked
+    fitted = [full for full in curvatures.list_fitted(index) if full.startswith("fim:")]
+    if named is None and (not fitted or f"fim:{DEFAULT}" in fitted):
+        return DEFAULT
+    found = curvatures.find(index, "fim" if named is None else f"fim:{named}")
+    return Damping.parse(found.name.partition(":")[2])
+
+
+def _basis(index: Index, wanted: Name) -> str:
+    """The eigenvectors that are meant; those of earlier rows only by their number of rows."""
+    from influent.truncated import RANK, bases
+
+    if wanted.rows is None and wanted.rank is not None:
+        return wanted.basis
+    fitted = bases(index)
+    if wanted.rows is not None:
+        if wanted.basis not in fitted:
+            known = ", ".join(sorted(fitted)) or "none"
+            raise SpecError(f"curvature {wanted.basis!r}: not fitted: of low rank there is {known}")
+        return wanted.basis
+    present = [full for full in fitted if full.startswith(f"{wanted.form}:") and "@" not in full]
+    return present[0] if len(present) == 1 else f"{wanted.form}:{RANK}"
+
+
+def _rule(parity: str | None, damping: str | None) -> Published | None:
+    if parity is None:
+        return None
+    if damping is not None:
+        raise SpecError(f"parity {parity!r} sets the damping: give it or damping {damping!r}, not both")
+    return Published(parity)
+
+
+def _agreed(
+    name: str, own: Damping | Published | None, rule: Published | None, damping: str | None
+) -> Damping | Published:
+    """The one damping that the name, the parity and the damping speak of; the default if none does."""
+    asked = rule if damping is None else Damping.parse(damping)
+    if own is not None and asked is not None and own != asked:
+        what = f"damping {damping!r}" if rule is None else f"parity {str(rule)!r}"
+        raise SpecError(f"curvature {name!r} and {what} differ: give one of the two")
+    return own or asked or DEFAULT
 
 
 def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
@@ -72,12 +145,10 @@ def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
     }
 
 
-def damping_of(curvature: str, text: str | None) -> Damping | None:
+def damping_of(curvature: str, text: str | None, *, parity: str | None = None) -> Damping | Published | None:
     """The damping that a fit of this curvature is asked for; SpecError for one that identity cannot take."""
-    from influent.curvature import Damping
-
     if curvature != "identity":
-        return Damping.parse(text or DEFAULT_DAMPING)
+        return _rule(parity, text) or (DEFAULT if text is None else Damping.parse(text))
     if text is not None:
         raise SpecError(f"curvature identity takes no damping, got {text!r}")
     return None

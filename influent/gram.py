@@ -10,20 +10,23 @@ N < K). Then (F + lambda I)^-1 q = N (L L^T)^-1 q, or (q - G^T (L L^T)^-1 G q) /
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import NumericsError
+from .gradients import LowRank, Row
 from .storage import Store
 
 Matrix = Float[Tensor, "m m"]
 
-# float64 bytes of rows held at a time. The cut does not depend on the shards, so the same rows in other shards give
-# the same bits.
-CHUNK_BYTES = 64 << 20
+MEMORY = 256  # MiB
+# What of the memory holds float64 rows; the rest is for decoding them and for products of that size. The cut does not
+# depend on the shards, so the same rows in other shards give the same bits.
+SHARE = 4
+PIECES = 8  # a sub-batch is decoded in at least so many pieces, which stand beside it
 PANEL = 512
 
 
@@ -37,7 +40,7 @@ class Shard(Protocol):
 
     @property
     def ids(self) -> Tensor: ...
-    def rows(self, key: str) -> Tensor: ...
+    def grads(self, key: str, lo: int = 0, hi: int | None = None) -> Row: ...
 
 
 @runtime_checkable
@@ -64,14 +67,19 @@ class RowSource(Protocol):
 
     @property
     def shards(self) -> Sequence[Shard]: ...
+    @property
+    def history(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockRows:
-    """The rows of one block, read again on each pass; what is yielded is valid until the next piece is asked for."""
+    """The rows of one block from row `first` on, read again on each pass; what is yielded is valid until the next piece
+    is asked for. `memory` MiB bound what is held of them, and change results by no more than rounding."""
 
     source: RowSource
     key: str
+    memory: int = MEMORY
+    first: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -81,17 +89,22 @@ class BlockRows:
     def width(self) -> int:
         return self.source.widths[self.key]
 
+    @property
+    def numbers(self) -> int:
+        """How many float64 numbers a sub-batch may have."""
+        return (self.memory << 20) // (8 * SHARE)
+
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(lo, hi, rows lo to hi [hi - lo, K] float64), small shards packed together: BLAS wants long sums."""
-        size = max(1, min(self.num_rows, CHUNK_BYTES // (8 * max(1, self.width))))
+        size = max(1, min(self.num_rows - self.first, self.numbers // max(1, self.width)))
         buffer = torch.empty(size, self.width, dtype=torch.float64)
-        lo = held = 0
+        lo, held = self.first, 0
         for shard in self.source.shards:
-            rows = shard.rows(self.key)
-            taken = 0
-            while taken < len(rows):
-                count = min(size - held, len(rows) - taken)
-                buffer[held : held + count] = rows[taken : taken + count]
+            taken = max(0, self.first - shard.lo)
+            while taken < shard.hi - shard.lo:
+                count = min(size - held, shard.hi - shard.lo - taken, self._piece(size))
+                rows = shard.grads(self.key, taken, taken + count)
+                buffer[held : held + count] = _exact(rows).flat()
                 held, taken = held + count, taken + count
                 if held == size:
                     yield lo, lo + held, buffer
@@ -101,13 +114,26 @@ class BlockRows:
 
     def columns(self) -> Iterator[Tensor]:
         """All rows, some columns at a time: [N, k] float64."""
-        size = max(1, min(self.width, CHUNK_BYTES // (8 * max(1, self.num_rows))))
+        size = max(1, min(self.width, self.numbers // max(1, self.num_rows)))
         buffer = torch.empty(self.num_rows, size, dtype=torch.float64)
+        piece = self._piece(max(1, self.numbers // max(1, self.width)))
         for left in range(0, self.width, size):
-            columns = buffer[:, : min(size, self.width - left)]
+            right = min(left + size, self.width)
             for shard in self.source.shards:
-                columns[shard.lo : shard.hi] = shard.rows(self.key)[:, left : left + size]
-            yield columns
+                for lo in range(0, shard.hi - shard.lo, piece):
+                    hi = min(lo + piece, shard.hi - shard.lo)
+                    rows = _exact(shard.grads(self.key, lo, hi))
+                    buffer[shard.lo + lo : shard.lo + hi, : right - left] = rows.columns(left, right)
+            yield buffer[:, : right - left]
+
+    @staticmethod
+    def _piece(size: int) -> int:
+        return -(-size // PIECES)
+
+
+def _exact(rows: Row) -> Row:
+    """Factors are multiplied in float64; a flat row is converted by the copy that follows."""
+    return rows.to(torch.float64) if isinstance(rows, LowRank) else rows
 
 
 def gram(rows: BlockRows) -> Matrix:
@@ -138,7 +164,7 @@ def _add_outer(total: Matrix, x: Float[Tensor, "n m"]) -> None:
 def pack(lower: Matrix) -> Float[Tensor, " packed"]:
     """The lower triangle, row by row, [m (m + 1) / 2]: half the bytes on disk."""
     lower = lower.contiguous()
-    return torch.cat([lower[i, : i + 1] for i in range(len(lower))])
+    return torch.cat([lower.new_empty(0), *(lower[i, : i + 1] for i in range(len(lower)))])
 
 
 def unpack(packed: Float[Tensor, " packed"]) -> Matrix:
@@ -195,7 +221,7 @@ class Unchanged:
         return q
 
     def self_influence(self, rows: BlockRows) -> Float[Tensor, " N"]:
-        return _per_row(rows, lambda g: g.square().sum(dim=1))
+        return per_row(rows, lambda g: g.square().sum(dim=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +247,7 @@ class Primal:
 
     def self_influence(self, rows: BlockRows) -> Float[Tensor, " N"]:
         """g_i (F + lambda I)^-1 g_i = N |L^-1 g_i|^2: half the work of a solve, and never negative."""
-        return self.num_rows * _per_row(
+        return self.num_rows * per_row(
             rows, lambda g: torch.linalg.solve_triangular(self.factor, g.T, upper=False).square().sum(dim=0)
         )
 
@@ -253,7 +279,8 @@ class Dual:
         return self.rows.num_rows * torch.cholesky_solve(full, self.factor).diagonal().clamp(min=0)
 
 
-def _per_row(rows: BlockRows, measure: Callable[[Tensor], Tensor]) -> Float[Tensor, " N"]:
+def per_row(rows: BlockRows, measure: Callable[[Tensor], Tensor]) -> Float[Tensor, " N"]:
+    """What `measure` makes of each row, in one pass over all of them."""
     result = torch.empty(rows.num_rows, dtype=torch.float64)
     for lo, hi, g in rows.chunks():
         result[lo:hi] = measure(g)

@@ -14,8 +14,8 @@ LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["baselines", "catalog", "codec", "damping", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload",
      "records", "reduce", "sides", "task", "tokenloss", "truncate"],
-    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout", "lowrank"],
-    ["budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
+    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout", "lowrank", "moments"],
+    ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip

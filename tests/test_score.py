@@ -253,7 +253,7 @@ from influent.rowstore import Index
 from influent.reduce import TopK
 from influent.score import precondition, score
 torch.set_num_threads(1)
-gram.CHUNK_BYTES = 1 << 20
+gram.SHARE = 256
 index = Index.open(sys.argv[2])
 fitted = fit(index, damping=Damping("relative", 0.1))
 queries = precondition({key: torch.ones(2, width) for key, width in index.widths.items()}, fitted)
