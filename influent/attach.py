@@ -13,14 +13,19 @@ from typing import Any
 from torch import nn
 
 from influent import loading
+from influent.bases import FOLDER, Bases, Calibration, Sample
 from influent.budget import Budget
+from influent.codec import Codec
 from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
-from influent.layers import device_of, plan
+from influent.layers import Plan, device_of, plan
+from influent.layout import with_factors
+from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
+from influent.storage import Store
 from influent.task import CausalLM, Task, describe
 
 
@@ -37,6 +42,7 @@ class Setting:
     dtype: str = "float32"
     matmul: str = "highest"
     seed: int = 0
+    calibration: int = 512  # training rows from which a learned stage is made
 
     def __post_init__(self) -> None:
         if self.dtype not in loading.DTYPES:
@@ -45,6 +51,8 @@ class Setting:
             raise SpecError(f"matmul is {self.matmul!r}, expected highest or medium")
         if self.seed < 0:
             raise SpecError(f"seed is {self.seed}, expected 0 or more")
+        if self.calibration < 1:
+            raise SpecError(f"calibration is {self.calibration}, expected 1 row or more")
         for name, pattern in (("layers", self.layers), ("exclude", self.exclude)):
             try:
                 re.compile(pattern or "")
@@ -73,12 +81,26 @@ class Attached:
 
 
 @contextmanager
-def attach(model: str | nn.Module, task: Task | None, setting: Setting, run: Run) -> Iterator[Attached]:
+def attach(
+    model: str | nn.Module,
+    task: Task | None,
+    setting: Setting,
+    run: Run,
+    *,
+    index: Store | None = None,
+    sample: Sample | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Attached]:
     """The model ready for collecting; within the context it is in evaluation mode and its parameters are frozen.
+
+    Args:
+        index: where the bases of a learned stage (pca, whiten) are; not needed without one.
+        sample: the training rows to learn such bases from, while indexing. Without it they are read.
 
     Raises:
         SpecError: the model cannot be loaded, is a module without a task, or reads fewer tokens than `max_length`.
         LayerError: the layers asked for cannot be tracked.
+        MismatchError, CorruptError, FormatError: the bases are those of another model, damaged, or not finished.
     """
     with ExitStack() as stack:
         stack.enter_context(loading.matmul_precision(setting.matmul))
@@ -87,9 +109,31 @@ def attach(model: str | nn.Module, task: Task | None, setting: Setting, run: Run
         tracked = plan(module, setting.layers, setting.exclude)
         text, rows = (setting.compress, setting.rows) if setting.budget is None else setting.budget.choose(tracked)
         compressor, device = Compress.parse(text), device_of(module)
-        bound = {block.name: compressor.bind(block, setting.seed).to(device) for block in tracked.blocks}
+        facts = _facts(module, task, setting)
+        bases = None
+        if compressor.learned is not None:
+            calibration = Calibration(
+                stage=compressor.learned, model=module, plan=tracked, task=task, facts=facts, size=setting.calibration,
+                token_budget=run.token_budget, skip_nonfinite=run.skip_nonfinite,
+            )  # fmt: skip
+            bases = _bases(calibration, index, sample, progress)
+        bound = {
+            block.name: compressor.bind(block, setting.seed, bases and bases.matrices[block.name]).to(device)
+            for block in tracked.blocks
+        }
         collector = Collector(module, tracked, bound, task, run.token_budget, run.skip_nonfinite)
-        yield Attached(collector, rows, _identity(collector, setting, str(compressor)), loading.config_facts(module))
+        identity = _identity(collector, facts, str(compressor), rows)
+        if bases is not None:
+            identity["bases"] = bases.digest
+        yield Attached(collector, rows, identity, loading.config_facts(module))
+
+
+def _bases(calibration: Calibration, index: Store | None, sample: Sample | None, progress: Progress | None) -> Bases:
+    """What a compressor's learned stage needs, from the index or into it."""
+    if index is None:
+        raise SpecError(f"compressor: '{calibration.stage}' is learned from an index's data; give the index")
+    place = index.child(FOLDER)
+    return calibration.load(place) if sample is None else calibration.learn(place, sample, progress)
 
 
 def check_same(index: Index, attached: Attached) -> None:
@@ -129,20 +173,25 @@ def _load(model: str | nn.Module, task: Task | None, setting: Setting, run: Run)
     return module, task
 
 
-def _identity(collector: Collector, setting: Setting, compress: str) -> dict[str, Any]:
+def _facts(module: nn.Module, task: Task, setting: Setting) -> dict[str, Any]:
+    """What identifies the gradients, whatever is kept of them."""
+    return {
+        "model": {"fingerprint": loading.fingerprint(module)},
+        "task": describe(task),
+        "seed": setting.seed,
+        "rng": RNG_VERSION,
+        "numerics": {"dtype": loading.dtype_of(module), "matmul": setting.matmul},
+    }
+
+
+def _identity(collector: Collector, facts: dict[str, Any], compress: str, rows: str) -> dict[str, Any]:
     layout = [
         {"block": b.name, "kind": b.kind, "in": b.in_width, "out": b.out_width, "width": collector.widths[b.name]}
         for b in collector.plan.blocks
     ]
-    return {
-        "model": {"fingerprint": loading.fingerprint(collector.model)},
-        "task": describe(collector.task),
-        "layout": layout,
-        "compress": compress,
-        "seed": setting.seed,
-        "rng": RNG_VERSION,
-        "numerics": {"dtype": loading.dtype_of(collector.model), "matmul": setting.matmul},
-    }
+    codec = Codec.parse(rows)
+    layout = [with_factors(block, codec, collector.factors[block["block"]]) for block in layout]
+    return {"model": facts["model"], "task": facts["task"], "layout": layout, "compress": compress, **facts}
 
 
 def _brief(value: Any) -> str:

@@ -145,22 +145,19 @@ def _first_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def gradients(
-    model: nn.Module, plan: Plan, *, bound: dict[str, Bound], batch: sides.Batch, loss
-) -> tuple[dict[str, Float[Tensor, "B K"]], Float[Tensor, " B"]]:
-    """Compressed per-example gradients of one batch, by one forward and one backward pass. The model must be `frozen`.
+def visit(model: nn.Module, plan: Plan, visitor: Visitor, *, batch: sides.Batch, loss) -> Float[Tensor, " B"]:
+    """One forward and one backward pass, whose blocks are handed to `visitor`. The model must be `frozen`.
 
     Args:
         loss: called without arguments inside the hooks; returns one scalar per example, [B].
 
     Returns:
-        rows [B, K] by block name, and the losses [B], both detached.
+        The losses [B], detached.
 
     Raises:
         NumericsError: a loss is not finite.
         LayerError: a tracked layer did not run, or its gradient cannot be told apart by example.
     """
-    visitor = Rows(bound)
     with torch.enable_grad(), hooked(plan, visitor, batch) as ran:
         losses = loss()
         if losses.shape != (batch.size,):
@@ -176,9 +173,19 @@ def gradients(
     for site in plan.sites:
         if site.name not in ran:
             raise LayerError(f"layer {site.name} was not called by the model's forward pass; --exclude it")
-        if site.block.name not in visitor.rows:  # called, but the loss does not depend on it
-            visitor.rows[site.block.name] = losses.new_zeros(batch.size, bound[site.block.name].width).float()
-    return visitor.rows, losses.detach()
+    return losses.detach()
+
+
+def gradients(
+    model: nn.Module, plan: Plan, *, bound: dict[str, Bound], batch: sides.Batch, loss
+) -> tuple[dict[str, Float[Tensor, "B K"]], Float[Tensor, " B"]]:
+    """Compressed per-example gradients of one batch, rows [B, K] by block name, and the losses [B]; see `visit`."""
+    visitor = Rows(bound)
+    losses = visit(model, plan, visitor, batch=batch, loss=loss)
+    for block in plan.blocks:
+        if block.name not in visitor.rows:  # called, but the loss does not depend on it
+            visitor.rows[block.name] = losses.new_zeros(batch.size, bound[block.name].width).float()
+    return visitor.rows, losses
 
 
 class NonFinite(NumericsError):

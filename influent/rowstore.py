@@ -244,8 +244,8 @@ def _problems(check: Callable[[], list[str]]) -> list[str]:
 
 
 def _fitted(store: Store) -> list[Store]:
-    """The finished artifacts under curvature/, by name."""
-    names = store.names("curvature/")
+    """The finished artifacts under bases/ and curvature/, by name."""
+    names = [*store.names("bases/"), *store.names("curvature/")]
     return [store.child(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")]
 
 
