@@ -1,11 +1,12 @@
 """From examples to rows: parts are batched by length under a token budget, and summed back to one row an example.
 
-The same function fills a shard and makes the gradients of queries. Memory is that of the rows asked for plus one
-batch. Not here: where rows are stored (rowstore.py), what a gradient is (extract.py).
+The same function fills a shard and makes the gradients of queries. Memory is that of the rows asked for, as they will
+be stored, plus one batch; documents in several parts are coded once their parts are summed, some at a time. Not here:
+where rows are stored (rowstore.py), what a gradient is (extract.py), how it is coded (coding.py).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,15 @@ from torch.utils.data import default_collate
 
 from influent import extract, sides
 from influent.bind import Bound
+from influent.codec import Codec, Factors
+from influent.coding import encode
 from influent.errors import DataError, NumericsError
 from influent.layers import Plan, device_of
 from influent.task import Encodes, Part, Task
+
+HELD_BYTES = 256 * 2**20  # of float32 rows of documents in several parts, while their parts are summed
+
+Queue = list[tuple[int, Part]]  # parts to do, each with the place of its example
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,7 @@ class Collector:
     Args:
         token_budget: a batch holds at most this many positions, padding included (at least one part).
         skip_nonfinite: give an example whose loss or gradient is not finite a zero row, instead of raising.
+        codec: code the rows as they will be stored. None, or one that is just a float dtype, leaves them in float32.
     """
 
     model: nn.Module
@@ -36,11 +44,20 @@ class Collector:
     task: Task
     token_budget: int = 4096
     skip_nonfinite: bool = False
+    codec: Codec | None = None
 
     @property
     def widths(self) -> dict[str, int]:
         """Row width by block name, in the model's order."""
         return {name: bound.width for name, bound in self.bound.items()}
+
+    @property
+    def factors(self) -> dict[str, Factors | None]:
+        """By block name the widths of the two mapped sides, where a row is their outer product; else None."""
+        return {
+            name: None if bound.flat or bound.block.is_vector else (bound.in_width, bound.out_width)
+            for name, bound in self.bound.items()
+        }
 
     def collect(
         self,
@@ -61,19 +78,47 @@ class Collector:
             NumericsError: a loss or gradient is not finite; names the example (and block).
         """
         device = device_of(self.model)
-        out = Collected.empty(len(examples), self.widths, device)
+        codec = self.codec if self.codec is not None and (self.codec.rank or self.codec.packed) else None
+        out = Collected.empty(len(examples), device)
         queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example, lambda i=i: name(i))]
-        if without := set(range(len(examples))) - {i for i, _ in queue}:
+        counts = Counter(i for i, _ in queue)
+        if without := set(range(len(examples))) - counts.keys():
             out.skipped["no target tokens"] = without
-        out.num_split = sum(count > 1 for count in Counter(i for i, _ in queue).values())
+        out.num_split = sum(count > 1 for count in counts.values())
+        coded = None if codec is None else _Coded.empty(codec, len(examples), self.widths, self.factors, device)
         done = 0
-        for batch in pack(queue, self.token_budget):
-            self._add(out, batch, name, query)
-            done += len(batch)
-            if progress is not None:
-                progress(done / len(queue))
-        self._check(out, name, query)
+        for members, batches in self._groups(queue, counts, len(examples), whole=coded is None):
+            held = _Held.empty(members, self.widths, device)
+            for batch in batches:
+                self._add(out, held, batch, name, query)
+                done += len(batch)
+                if progress is not None:
+                    progress(done / len(queue))
+            self._check(out, held, name, query)
+            if coded is None:
+                out.rows = held.rows
+            else:
+                coded.add(held)
+        if coded is not None:
+            out.rows, out.captured = coded.tensors, coded.captured
         return out
+
+    def _groups(
+        self, queue: Queue, counts: Counter[int], n: int, *, whole: bool
+    ) -> Iterator[tuple[list[int], list[Queue]]]:
+        """Examples whose dense rows are held together, and their batches: all of them if `whole`, else those of one
+        batch, and as many documents of several parts as HELD_BYTES allows."""
+        if whole:
+            yield list(range(n)), pack(queue, self.token_budget)
+            return
+        for batch in pack([item for item in queue if counts[item[0]] == 1], self.token_budget):
+            yield [i for i, _ in batch], [batch]
+        split = [i for i, count in counts.items() if count > 1]
+        size = max(1, HELD_BYTES // (4 * sum(self.widths.values())))
+        for first in range(0, len(split), size):
+            members = split[first : first + size]
+            inside = set(members)
+            yield members, pack([item for item in queue if item[0] in inside], self.token_budget)
 
     def _parts(self, example: Any, name: Callable[[], str]) -> list[Part]:
         if not isinstance(self.task, Encodes):
@@ -83,14 +128,10 @@ class Collector:
         except DataError as error:
             raise DataError(f"{name()}: {error}") from error
 
-    def _add(self, out: "Collected", batch: list[tuple[int, Part]], name: Callable[[int], str], query: bool) -> None:
+    def _add(self, out: "Collected", held: "_Held", batch: Queue, name: Callable[[int], str], query: bool) -> None:
         parts = [part for _, part in batch]
-        inputs = (
-            self.task.collate(parts) if isinstance(self.task, Encodes) else default_collate([p.inputs for p in parts])
-        )
-        inputs = _to(inputs, device_of(self.model))
+        inputs, shape = inputs_of(self.task, parts, device_of(self.model))
         objective = self.task.measure if query else self.task.loss
-        shape = sides.Batch(len(parts), max(part.length for part in parts))
         try:
             rows, losses = extract.gradients(
                 self.model, self.plan, bound=self.bound, batch=shape, loss=lambda: objective(self.model, inputs)
@@ -102,32 +143,35 @@ class Collector:
             out.skipped.setdefault("not finite", set()).update(bad)
             rest = [(i, part) for i, part in batch if i not in bad]
             if rest:
-                self._add(out, rest, name, query)
+                self._add(out, held, rest, name, query)
             return
         where = torch.tensor([i for i, _ in batch], device=losses.device)
-        for key, row in rows.items():
-            out.rows[key].index_add_(0, where, row.to(out.rows[key].dtype))
+        held.add([i for i, _ in batch], rows)
         out.loss.index_add_(0, where, losses.float())
         out.tokens.index_add_(0, where, torch.tensor([float(part.targets) for part in parts], device=losses.device))
 
-    def _check(self, out: "Collected", name: Callable[[int], str], query: bool) -> None:
+    def _check(self, out: "Collected", held: "_Held", name: Callable[[int], str], query: bool) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
-        squares = torch.zeros(len(out.loss), dtype=torch.float64, device=out.loss.device)
-        skipped = set().union(*out.skipped.values())
-        for key, rows in out.rows.items():
+        squares = torch.zeros(len(held.members), dtype=torch.float64, device=out.loss.device)
+        place = {i: p for p, i in enumerate(held.members)}
+        skipped = {place[i] for rows in out.skipped.values() for i in rows if i in place}
+        for key, rows in held.rows.items():
             # In float64, in which no finite row's length overflows, or vanishes.
             square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
             bad = set((~torch.isfinite(square)).nonzero().flatten().tolist()) - skipped
             if bad and not self.skip_nonfinite:
-                raise NumericsError(f"the gradient of {name(min(bad))} in block {key} is not finite; {_mend(query)}")
+                worst = name(min(held.members[p] for p in bad))
+                raise NumericsError(f"the gradient of {worst} in block {key} is not finite; {_mend(query)}")
             if bad:
-                out.skipped.setdefault("not finite", set()).update(bad)
+                out.skipped.setdefault("not finite", set()).update(held.members[p] for p in bad)
                 skipped |= bad
             squares += square
         if gone := sorted(skipped):
-            for values in (*out.rows.values(), out.loss, out.tokens, squares):
+            for values in (*held.rows.values(), squares):
                 values[gone] = 0
-        out.norm.copy_(squares.sqrt())
+            for values in (out.loss, out.tokens):
+                values[[held.members[p] for p in gone]] = 0
+        out.norm[held.members] = squares.sqrt().to(out.norm.dtype)
 
 
 def _mend(query: bool) -> str:
@@ -138,31 +182,85 @@ def _mend(query: bool) -> str:
 
 @dataclass(eq=False)
 class Collected:
-    """Rows [n, K] by block name, with loss, row norm and target tokens [n]; rows in `skipped`, by reason, are 0."""
+    """Rows [n, ...] by tensor name (plain rows: [n, K] by block), with loss, norm of the gradient and target tokens
+    [n], and of rows cut to a rank what was kept [n, blocks]; rows in `skipped`, by reason, are 0."""
 
-    rows: dict[str, Float[Tensor, "n K"]]
+    rows: dict[str, Tensor]
     loss: Float[Tensor, " n"]
     norm: Float[Tensor, " n"]
     tokens: Float[Tensor, " n"]
     skipped: dict[str, set[int]]
     num_split: int = 0
+    captured: Float[Tensor, "n blocks"] | None = None
 
     @staticmethod
-    def empty(n: int, widths: dict[str, int], device: torch.device) -> "Collected":
-        rows = {key: torch.zeros(n, width, device=device) for key, width in widths.items()}
-        loss, norm, tokens = (torch.zeros(n, device=device) for _ in range(3))
-        return Collected(rows, loss, norm, tokens, {})
+    def empty(n: int, device: torch.device) -> "Collected":
+        return Collected({}, *(torch.zeros(n, device=device) for _ in range(3)), skipped={})
 
 
-def pack(queue: Sequence[tuple[int, Part]], token_budget: int) -> list[list[tuple[int, Part]]]:
+@dataclass(eq=False)
+class _Held:
+    """Dense rows, being summed, of some of the examples."""
+
+    members: list[int]
+    rows: dict[str, Float[Tensor, "n K"]]
+
+    @staticmethod
+    def empty(members: list[int], widths: dict[str, int], device: torch.device) -> "_Held":
+        return _Held(members, {key: torch.zeros(len(members), width, device=device) for key, width in widths.items()})
+
+    def add(self, examples: list[int], rows: dict[str, Tensor]) -> None:
+        place = {i: p for p, i in enumerate(self.members)}
+        where = torch.tensor([place[i] for i in examples], device=next(iter(self.rows.values())).device)
+        for key, row in rows.items():
+            self.rows[key].index_add_(0, where, row.to(self.rows[key].dtype))
+
+
+@dataclass(eq=False)
+class _Coded:
+    """Coded rows of all examples, filled group by group."""
+
+    codec: Codec
+    factors: dict[str, Factors | None]
+    tensors: dict[str, Tensor]
+    captured: Float[Tensor, "n blocks"] | None
+
+    @staticmethod
+    def empty(
+        codec: Codec, n: int, widths: dict[str, int], factors: dict[str, Factors | None], device: torch.device
+    ) -> "_Coded":
+        shapes = {name: what for key in widths for name, what in codec.tensors(key, widths[key], factors[key]).items()}
+        tensors = {
+            name: torch.zeros(n, *tail, dtype=getattr(torch, dtype), device=device)
+            for name, (dtype, tail) in shapes.items()
+        }
+        captured = None if codec.rank is None else torch.ones(n, len(widths), device=device)
+        return _Coded(codec, factors, tensors, captured)
+
+    def add(self, held: _Held) -> None:
+        for column, (key, rows) in enumerate(held.rows.items()):
+            coded = encode(self.codec, rows, self.factors[key], key=key)
+            for name, values in coded.tensors.items():
+                self.tensors[name][held.members] = values
+            if self.captured is not None:
+                self.captured[held.members, column] = coded.captured
+
+
+def pack(queue: Sequence[tuple[int, Part]], token_budget: int) -> list[Queue]:
     """Batches of similar length, longest first: number of parts x longest part stays within the budget."""
-    batches: list[list[tuple[int, Part]]] = []
+    batches: list[Queue] = []
     for item in sorted(queue, key=lambda item: -item[1].length):
         if batches and (len(batches[-1]) + 1) * batches[-1][0][1].length <= token_budget:
             batches[-1].append(item)
         else:
             batches.append([item])
     return batches
+
+
+def inputs_of(task: Task, parts: Sequence[Part], device: torch.device) -> tuple[Any, sides.Batch]:
+    """What the task's functions take as one batch, on the device, and its shape."""
+    inputs = task.collate(parts) if isinstance(task, Encodes) else default_collate([part.inputs for part in parts])
+    return _to(inputs, device), sides.Batch(len(parts), max(part.length for part in parts))
 
 
 def _to(inputs: Any, device: torch.device) -> Any:

@@ -61,8 +61,9 @@ class Layout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one row takes in all blocks."""
-        return sum(self.codec.row_bytes(width, self.factors[key]) for key, width in self.widths.items())
+        """Bytes that one row takes in all blocks, with the byte a block that tells what a rank cut kept."""
+        each = 1 if self.has_captured else 0
+        return sum(each + self.codec.row_bytes(width, self.factors[key]) for key, width in self.widths.items())
 
     def block(self, key: str) -> Tensors:
         """The tensors of one block, without the leading number of rows."""

@@ -71,7 +71,7 @@ def query(
     fitted = choose_curvature(opened, curvature, damping, own=own_curvature(opened), progress=progress)
     words = [display_text(content) for content in shown]
     run = Run(token_budget=token_budget, device=device)
-    with attach(_model(model, opened), task, _setting(opened), run) as attached:
+    with attach(_model(model, opened), task, _setting(opened), run, index=opened.store) as attached:
         check_same(opened, attached)
         rows = _gradients(attached, asked, "query", progress)
         if control is not None:
@@ -125,8 +125,9 @@ def _read(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]
 def _setting(index: Index) -> Setting:
     spec, notes = index.spec, index.notes
     return Setting(
-        compress=spec["compress"], layers=notes["layers"], exclude=notes["exclude"], max_length=notes["max_length"],
-        dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"], seed=spec["seed"],
+        compress=spec["compress"], rows=spec["rows"], layers=notes["layers"], exclude=notes["exclude"],
+        max_length=notes["max_length"], dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"],
+        seed=spec["seed"],
     )  # fmt: skip
 
 
