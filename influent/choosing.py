@@ -69,7 +69,7 @@ def check_curvature(
     if name == "identity":
         if rule is not None:
             raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
-        return Choice(name, damping_of(name, damping))
+        return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
     if wanted is not None:
         return Choice(_basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping))
@@ -145,10 +145,23 @@ def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
     }
 
 
-def damping_of(curvature: str, text: str | None, *, parity: str | None = None) -> Damping | Published | None:
-    """The damping that a fit of this curvature is asked for; SpecError for one that identity cannot take."""
-    if curvature != "identity":
-        return _rule(parity, text) or (DEFAULT if text is None else Damping.parse(text))
-    if text is not None:
-        raise SpecError(f"curvature identity takes no damping, got {text!r}")
-    return None
+def check_fit(name: str, damping: str | None) -> Choice:
+    """What `influent fit` is asked for, from a name with or without a damping; by default relative:0.1.
+
+    Raises SpecError for a damping that identity cannot take, or a name and a damping that differ.
+    """
+    from influent.truncated import split_name
+
+    if name == "identity":
+        return Choice(name, _none(damping))
+    wanted, has_own = split_name(name)
+    if wanted is not None:
+        return Choice(wanted.basis, _agreed(name, wanted.damping if has_own else None, None, damping))
+    kind, _, written = name.partition(":")
+    own = Damping.parse(written) if written else None
+    return Choice(kind, _agreed(name, own, None, damping))
+
+
+def _none(damping: str | None) -> None:
+    if damping is not None:
+        raise SpecError(f"curvature identity takes no damping, got {damping!r}")

@@ -7,6 +7,7 @@ here.
 """
 
 from math import isfinite
+from typing import Any
 
 import torch
 
@@ -146,6 +147,14 @@ def find(index: RowSource, name: str) -> Curvature:
         raise SpecError(f"curvature {name!r}: {problem}: give --curvature with one of {known}")
     found = fitted[matching[0]]
     return FIM(index, found) if wanted is None else Truncated(index, found, wanted.damping)
+
+
+def describe(index: RowSource, name: str) -> dict[str, Any]:
+    """`{"name", "health"}` of a fitted curvature, as `influent info` lists it; of one of low rank also `seen`, the
+    share of the rows that it was fitted to, and `stale`, whether that is not all of them."""
+    found = find(index, name)
+    facts = {"name": name, "health": found.health()}
+    return facts | {"seen": found.seen, "stale": found.seen < 1} if isinstance(found, Truncated) else facts
 
 
 def _measure(index: RowSource, memory: int) -> Compute:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from influent import catalog as catalogs
 from influent import rowstore
 from influent.catalog import Catalog
-from influent.choosing import choose_curvature, damping_of, method_facts
+from influent.choosing import check_fit, choose_curvature, method_facts
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import DataError, SpecError
@@ -159,25 +159,35 @@ def index(
 def fit(
     index: str,
     *,
-    curvature: str = "fim",
+    curvature: str | None = None,
     damping: str | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fit a curvature to an index. The costly part, the Gram matrices, is shared by all dampings.
+    """Fit a curvature to an index. The costly part, Gram matrices or eigenvectors, is shared by all dampings.
 
     Args:
-        curvature: `fim` (the block-diagonal empirical Fisher matrix) or `identity`.
+        curvature: `fim` (the block-diagonal empirical Fisher matrix), `lowrank:256` (its leading eigenvectors),
+            `sketch:256` (the same from one pass, and from the new rows alone once rows are appended) or `identity`.
+            By default the method's own, or fim if that is identity.
         damping: `relative:0.1` of each block's mean eigenvalue (the default), or `absolute:1e-3`.
+        memory: MiB for the rows that are held at a time; 256 by default. Results do not depend on it.
 
     Returns:
-        `{"name", "curvature", "damping", "health": {block: {"lambda", "trace", "d_eff", "form"}}}`.
+        `{"name", "curvature", "damping", "health": {block: {"lambda", "trace", "d_eff", "form"}}}`; of low rank also
+        `rank`, `tail`, `captured` and `top` for each block.
     """
     from influent import curvature as curvatures
 
-    amount = damping_of(curvature, damping)
-    fitted = curvatures.fit(Index.open(index), curvature=curvature, damping=amount, progress=progress)
-    shown = None if amount is None else str(amount)
-    return {"name": fitted.name, "curvature": curvature, "damping": shown, "health": fitted.health()}
+    opened = Index.open(index)
+    own = own_curvature(opened) if curvature is None else curvature
+    wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping)
+    fitted = curvatures.fit(
+        opened, curvature=wanted.curvature, damping=wanted.damping, memory=memory or curvatures.MEMORY,
+        progress=progress,
+    )  # fmt: skip
+    shown = None if wanted.damping is None else str(wanted.damping)
+    return {"name": fitted.name, "curvature": wanted.curvature, "damping": shown, "health": fitted.health()}
 
 
 def self_influence(
@@ -186,9 +196,15 @@ def self_influence(
     k: int = 20,
     curvature: str | None = None,
     damping: str | None = None,
+    parity: str | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The rows with the largest g (F + lambda I)^-1 g: outliers, and wrong or planted labels, come first.
+
+    Args:
+        parity: `paper` or `release`: LoRIF's published rule in place of a damping, for a low-rank curvature.
+        memory: MiB for the rows that are held at a time; 256 by default. Results do not depend on it.
 
     Returns:
         `{"rows": [{"row", "id", "score", "source", "provider", "text"}], "method": {...}}`, larger first.
@@ -199,7 +215,9 @@ def self_influence(
     from influent.reduce import TopK
 
     opened = Index.open(index)
-    fitted = choose_curvature(opened, curvature, damping, own=own_curvature(opened), progress=progress)
+    fitted = choose_curvature(
+        opened, curvature, damping, own=own_curvature(opened), parity=parity, memory=memory, progress=progress
+    )
     values = score.self_influence(opened, fitted, progress=progress)
     top = TopK(k)
     best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.unsqueeze(0)))
@@ -213,9 +231,7 @@ def info(index: str) -> dict[str, Any]:
     from influent import curvature as curvatures
 
     opened = Index.open(index)
-    fitted = [
-        {"name": name, "health": curvatures.find(opened, name).health()} for name in curvatures.list_fitted(opened)
-    ]
+    fitted = [curvatures.describe(opened, name) for name in curvatures.list_fitted(opened)]
     return {**rowstore.info(opened), "curvatures": fitted}
 
 
