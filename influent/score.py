@@ -2,11 +2,13 @@
 
 Shards outside, blocks inside: each stored row is read once, whatever is asked. Also what prepares a query
 (`precondition`, `contrast`) and what normalises a score (`self_influence`). What is kept of the scores is a reducer's
-business; fitting is `curvature.py`'s.
+business; the products are `kernels.py`'s, fitting is `curvature.py`'s.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -17,15 +19,15 @@ from torch import Tensor
 from .artifact import Artifact
 from .curvature import Curvature, write_blocks
 from .errors import DataError, MismatchError, NumericsError, SpecError
+from .gradients import Flat, LowRank, Row
 from .gram import RowSource, Shard, check_bytes
+from .kernels import BlockQueries, prepare
 from .progress import Progress
 from .reduce import Reducer
 
 Queries = Mapping[str, Tensor]  # block -> [Q, K] float32
 
-CHUNK_NUMBERS = 1 << 19  # numbers of a block upcast at once: 2 MiB of float32, which the matrix product finds in cache
-LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
-SHORT_SUM = 1 << 12  # the same for sums of squares, whose kernel adds less cleverly
+FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32, or views of the file
 WINDOW_SCORES = 1 << 22  # scores held at once, in float64
 
 
@@ -37,6 +39,7 @@ def score(
     *,
     normalize: str = "none",
     self_influence: Float[Tensor, " N"] | None = None,
+    query_rank: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores s = sum over blocks of <q, g_i>, pushed to every reducer; the result is one value per reducer's name.
@@ -44,23 +47,21 @@ def score(
     `queries` are block -> [Q, K], preconditioned if a curvature is wanted. Larger = training on row i pushed the
     measured quantity further the query's way. `normalize` is `none`, `cosine`, s / (|q| |g_i|), or `relatif`,
     s / sqrt(h_i) with h the `self_influence` [N] under the same curvature (Barshan et al., 2020). A row of zeros
-    scores 0 in each of them.
+    scores 0 in each of them. `query_rank` cuts each query's matrix to its best pairs, before rows of pairs alone: less
+    work, and other scores; `query_energy` says what the cut keeps.
     Raises MismatchError for queries that do not fit the index, NumericsError for values that are not finite, and
     CorruptError, naming the shard, when its bytes are not those that were committed.
     """
     num_queries = _check(index, queries, normalize, self_influence)
-    parts = {key: list(_columns(queries[key].detach().cpu().float())) for key in index.widths}
-    length = (
-        torch.stack([part.double().square().sum(dim=1) for block in parts.values() for part in block]).sum(0).sqrt()
-    )
+    blocks = [_block(index, key, queries[key], query_rank) for key in index.widths]
+    length = torch.stack([Flat(block.queries.whole).squares() for block in blocks]).sum(0).sqrt()
     spread = None if self_influence is None else self_influence.double().sqrt()  # [N]
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
     with _full_float32():
-        for shard in index.shards:
-            check_bytes(shard)  # just before its rows are scored, which then come from the page cache
-            for ids, scores, squares in _raw_scores(shard, parts, norms=normalize == "cosine"):
+        for shard in _checked(index.shards):
+            for ids, scores, squares in _raw_scores(shard, blocks, norms=normalize == "cosine"):
                 if not isfinite(float(scores.sum())):
-                    _blame_rows(shard, parts)
+                    _blame_rows(shard, blocks)
                 if normalize == "cosine":
                     scores = _divide(scores, length[:, None] * squares.sqrt())
                 elif spread is not None:
@@ -72,6 +73,16 @@ def score(
             if progress is not None:
                 progress("score", shard.hi, index.n)
     return {name: reducer.result(accumulators[name]) for name, reducer in reducers.items()}
+
+
+@torch.no_grad()
+def query_energy(index: RowSource, queries: Queries, query_rank: int) -> Float[Tensor, " Q"]:
+    """The share of each query's squared length, over all blocks, that `score` keeps with this `query_rank`, [Q]."""
+    blocks = [_block(index, key, queries[key], query_rank).queries for key in index.widths]
+    squares = torch.stack([Flat(block.whole).squares() for block in blocks])  # [blocks, Q]
+    ones = torch.ones(squares.shape[1])
+    kept = torch.stack([ones if block.captured is None else block.captured for block in blocks])
+    return torch.where(squares.sum(0) > 0, (squares * kept).sum(0) / squares.sum(0), 1.0)
 
 
 @torch.no_grad()
@@ -126,66 +137,68 @@ def _total(blocks: Artifact, num_rows: int) -> Float[Tensor, " N"]:
     return total.float()
 
 
-def _raw_scores(
-    shard: Shard, parts: Mapping[str, list[Tensor]], *, norms: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """What is asked of one block, and how many of its rows are read at a time."""
+
+    key: str
+    queries: BlockQueries
+    step: int
+
+
+def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> _Block:
+    width, factors = index.widths[key], None
+    match index.shards[0].grads(key, 0, 0) if index.shards else None:  # no row, but the form that rows have
+        case LowRank(u=u, v=v):
+            width, factors = u.shape[1] * (u.shape[2] + v.shape[2]), (v.shape[2], u.shape[2])
+    return _Block(key, prepare(q, factors, query_rank), max(1, FETCH_NUMBERS // max(1, width)))
+
+
+def _checked(shards: Sequence[Shard]) -> Iterator[Shard]:
+    """The shards, each once its bytes are known to be sound; the next one's hash is taken while this one is scored,
+    whose rows then come from the page cache."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(check_bytes, shard) for shard in shards[:1]]
+        for i, shard in enumerate(shards):
+            ahead.pop().result()
+            ahead += [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]]
+            yield shard
+
+
+def _raw_scores(shard: Shard, blocks: Sequence[_Block], *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(ids [n], scores [Q, n] float64, squared row norms [n] float64, zeros unless asked for), by windows of rows."""
-    blocks = {key: shard.rows(key) for key in parts}
     ids = shard.ids
-    num_queries = max(len(part[0]) for part in parts.values())
+    num_queries = max(len(block.queries) for block in blocks)
     size = max(1, WINDOW_SCORES // num_queries)
     for lo in range(0, len(ids), size):
         window = ids[lo : lo + size]
         scores = torch.zeros(num_queries, len(window), dtype=torch.float64)
         squares = torch.zeros(len(window), dtype=torch.float64)
-        for key, rows in blocks.items():
-            _add_block(scores, squares, rows[lo : lo + size], parts[key], norms=norms)
+        for block in blocks:
+            for at, row in _pieces(shard, block, lo, lo + len(window)):
+                into = slice(at - lo, at - lo + len(row))
+                block.queries.add(scores[:, into], row)
+                if norms:
+                    squares[into] += row.squares()
         yield window, scores, squares
 
 
-def _add_block(scores: Tensor, squares: Tensor, rows: Tensor, parts: list[Tensor], *, norms: bool) -> None:
-    """scores += q @ rows^T and squares += |rows|^2, of one block [n, K]."""
-    size = max(1, CHUNK_NUMBERS // max(1, min(rows.shape[1], LONGEST_SUM)))
-    for lo in range(0, len(rows), size):
-        left = 0
-        for part in parts:
-            # No copy for float32 rows: the product reads the mapped file itself.
-            g = rows[lo : lo + size, left : left + part.shape[1]].float()
-            scores[:, lo : lo + size] += part @ g.T
-            if norms:
-                squares[lo : lo + size] += _squares(g)
-            left += part.shape[1]
+def _pieces(shard: Shard, block: _Block, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
+    for at in range(lo, hi, block.step):
+        yield at, shard.grads(block.key, at, min(at + block.step, hi))
 
 
-def _squares(g: Tensor) -> Tensor:
-    """Squared row norms [n] float64 of float32 rows. The float32 kernel is ten times as fast as the float64 one and
-    good to 3e-7 over this length; rows whose squares could leave its range are done in float64."""
-    total = torch.zeros(len(g), dtype=torch.float64)
-    for piece in g.split(SHORT_SUM, dim=1):
-        norms = torch.linalg.vector_norm(piece, dim=1).double()
-        unsafe = ~((norms > 1e-15) & (norms < 1e15))
-        if bool(unsafe.any()):
-            norms[unsafe] = torch.linalg.vector_norm(piece[unsafe].double(), dim=1)
-        total += norms.square()
-    return total
-
-
-def _blame_rows(shard: Shard, keys: Iterable[str]) -> None:
+def _blame_rows(shard: Shard, blocks: Iterable[_Block]) -> None:
     """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
-    for key in keys:
-        finite = shard.rows(key).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            row = shard.lo + int((~finite).nonzero()[0])
-            raise NumericsError(
-                f"shard {shard.name}, block {key!r}, row {row}: the index's rows are not finite: run `influent verify` "
-                "on the index"
-            )
-
-
-def _columns(q: Tensor) -> Iterator[Tensor]:
-    """At most LONGEST_SUM columns at a time, each piece contiguous once and for all."""
-    for left in range(0, q.shape[1], LONGEST_SUM):
-        yield q[:, left : left + LONGEST_SUM].contiguous()
+    for block in blocks:
+        for lo, row in _pieces(shard, block, 0, len(shard.ids)):
+            sides = [row.g] if isinstance(row, Flat) else [row.u, row.v]
+            finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in sides]).all(dim=0)
+            if not bool(finite.all()):
+                raise NumericsError(
+                    f"shard {shard.name}, block {block.key!r}, row {shard.lo + lo + int((~finite).nonzero()[0])}: "
+                    "the index's rows are not finite: run `influent verify` on the index"
+                )
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "codec", "damping", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload",
+    ["baselines", "catalog", "catalog_part", "codec", "damping", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload",
      "records", "reduce", "sides", "task", "tokenloss", "truncate"],
-    ["artifact", "bind", "coding", "compress", "gram", "layers", "layout", "lowrank", "moments"],
+    ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
     ["attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],

@@ -9,9 +9,11 @@ import torch
 from small_index import random_rows, write_index
 
 from influent import artifact as artifact_module
+from influent import gradients, kernels
 from influent import score as score_module
 from influent.curvature import Damping, fit
 from influent.errors import CorruptError, DataError, MismatchError, NumericsError, SpecError
+from influent.gradients import Flat
 from influent.reduce import Full, Moments, SumBy, TopK
 from influent.rowstore import Index, Shard
 from influent.score import contrast, precondition, score, self_influence
@@ -37,13 +39,21 @@ def assert_near(got, expected, tolerance: float = 2e-6):
     assert float((got.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
+def cut_small(monkeypatch, pieces: int) -> None:
+    """Every bound on what is held or added up at once becomes `pieces`."""
+    for module, name in (
+        (score_module, "FETCH_NUMBERS"), (score_module, "WINDOW_SCORES"), (kernels, "CHUNK_NUMBERS"),
+        (kernels, "LONGEST_SUM"), (gradients, "_SHORT_SUM"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, pieces)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("num_queries", [1, 6])
 @pytest.mark.parametrize("pieces", [None, 3])
 def test_scores_are_inner_products_with_the_stored_rows(tmp_path, monkeypatch, dtype, num_queries, pieces):
     if pieces:
-        for limit in ("CHUNK_NUMBERS", "LONGEST_SUM", "SHORT_SUM", "WINDOW_SCORES"):
-            monkeypatch.setattr(score_module, limit, pieces)
+        cut_small(monkeypatch, pieces)
     index = write_index(tmp_path / "index", random_rows(23, WIDTHS), dtype=dtype, shard_rows=7)
     queries = some_queries(WIDTHS, num_queries)
     exact = oracle.scores(stored(index), queries)
@@ -80,8 +90,8 @@ def test_self_influence_is_fitted_once_and_resumes(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         self_influence(index, identity, progress=kill)
-    real, read = Shard.rows, set()
-    monkeypatch.setattr(Shard, "rows", lambda self, key: read.add(key) or real(self, key))
+    real, read = Shard.grads, set()
+    monkeypatch.setattr(Shard, "grads", lambda self, key, *where: read.add(key) or real(self, key, *where))
     first = self_influence(index, identity)
     assert read == {"c"}
     assert_near(first, oracle.norms(stored(index)).square(), 1e-7)
@@ -92,8 +102,11 @@ def test_self_influence_is_fitted_once_and_resumes(tmp_path, monkeypatch):
 
 def test_one_pass_for_all_queries_and_reducers(tmp_path, monkeypatch):
     index = write_index(tmp_path / "index", random_rows(23, WIDTHS), shard_rows=4)
-    reads, real = [], Shard.rows
-    monkeypatch.setattr(Shard, "rows", lambda self, key: reads.append((self.name, key)) or real(self, key))
+    reads, real = [], Shard.grads
+    monkeypatch.setattr(
+        Shard, "grads",
+        lambda self, key, lo, hi: reads.extend((key, self.lo + i) for i in range(lo, hi)) or real(self, key, lo, hi),
+    )  # fmt: skip
     monkeypatch.setattr(score_module, "WINDOW_SCORES", 8)
     reducers = {"top": TopK(3), "bottom": TopK(3, largest=False), "all": Full(), "moments": Moments()}
     seen = []
@@ -102,7 +115,7 @@ def test_one_pass_for_all_queries_and_reducers(tmp_path, monkeypatch):
         index, queries, {**reducers, "groups": SumBy(torch.arange(23) % 2)}, normalize="cosine",
         progress=lambda stage, done, total: seen.append((stage, done, total)),
     )  # fmt: skip
-    assert sorted(reads) == sorted((shard.name, key) for shard in index.shards for key in WIDTHS)
+    assert sorted(reads) == sorted((key, row) for row in range(23) for key in WIDTHS)
     assert seen == [("score", done, 23) for done in (4, 8, 12, 16, 20, 23)]
     full = results["all"]
     assert (results["top"].rows.tolist(), results["top"].scores.tolist()) == oracle.ranked(full, 3, True)
@@ -301,13 +314,13 @@ class Unstored:
 
     def __init__(self, shard: Shard, block: str, value: float):
         self.lo, self.hi, self.name, self.ids = shard.lo, shard.hi, shard.name, shard.ids
-        self.read, self.block, self.value = shard.rows, block, value
+        self.read, self.block, self.value = shard.grads, block, value
 
-    def rows(self, key: str) -> torch.Tensor:
-        rows = self.read(key).clone()
+    def grads(self, key: str, lo: int = 0, hi: int | None = None) -> Flat:
+        rows = self.read(key).flat().clone()
         if key == self.block:
             rows[2, 0] = self.value
-        return rows
+        return Flat(rows)[lo:hi]
 
 
 @pytest.mark.parametrize("normalize", ["none", "cosine"])
