@@ -405,7 +405,7 @@ def test_the_curvature_that_is_meant(bare, fitted, name, damping, expected):
 @pytest.mark.parametrize(
     ("name", "damping", "message"),
     [
-        ("kfac", None, "'kfac' is not known; expected one of identity, fim, fim:absolute:2, fim:relative:0.5"),
+        ("kfac", None, "'kfac' is not known; expected one of identity, fim, lowrank:R, sketch:R, fim:absolute:2"),
         ("kfac", "absolute:2", "'kfac' is not known"),
         ("identity:1", None, "'identity:1' is not known"),
         ("identity", "absolute:2", "takes no damping"),
