@@ -354,7 +354,7 @@ def test_absent_and_damaged_catalogs(tmp_path: Path) -> None:
 
 
 def test_rows_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influent.catalog.GROUP_ROWS", 4)
+    monkeypatch.setattr("influent.catalog_part.GROUP_ROWS", 4)
     seen: list[tuple[str, int, int]] = []
     catalog = build(
         ({"text": f"t{i}", "id": f"i{i}"} for i in range(11)),
@@ -388,7 +388,7 @@ def test_a_plain_data_set_is_catalogued_by_id(tmp_path: Path) -> None:
 
 
 def test_memory_is_flat_in_the_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influent.catalog.GROUP_ROWS", 64)
+    monkeypatch.setattr("influent.catalog_part.GROUP_ROWS", 64)
 
     def peak(n: int) -> int:
         records = ({"text": f"{i} " + "x" * 1000} for i in range(n))
