@@ -19,20 +19,19 @@ from .truncate import truncate
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block held at once: 2 MiB of float32, which the matrix product finds in cache
 LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
-# Rows are formed from here on, in queries times (pairs - 1): see benchmarks/results/kernels.json. One pair is never
-# worth forming: its product costs what the row's does.
-MANY = 24
+# Nanoseconds, up to a common factor, of a product in each kernel and of a number of a row that is formed; from
+# benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding.
+BETWEEN, WHOLE, CUT, FORM = 0.7, 0.6, 1.0, 12.0
 
 Scores = Float[Tensor, "Q n"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockQueries:
-    """The queries of one block, [Q, K] float32, and what their rank cut made of them."""
+    """The queries of one block [Q, K] float32; `cut` are their pairs, which make `whole`, when they were cut."""
 
     whole: Float[Tensor, "Q K"]
-    factors: Factors | None = None
-    cut: LowRank | None = None  # u [Q, k, b], v [Q, k, a], when the queries are cut
+    cut: LowRank | None = None  # u [Q, k, b], v [Q, k, a]
     captured: Float[Tensor, " Q"] | None = None
 
     def __len__(self) -> int:
@@ -40,38 +39,44 @@ class BlockQueries:
 
     def add(self, scores: Scores, row: Row) -> None:
         """scores += <query, row>, [Q, n] float64."""
-        step = max(1, CHUNK_NUMBERS // self._held(row))
+        if not isinstance(row, LowRank):
+            kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
+        else:
+            kernel, held = self._cheapest(row)
+        step = max(1, CHUNK_NUMBERS // max(1, held))
         for lo in range(0, len(row), step):
             part, into = row[lo : lo + step], scores[:, lo : lo + step]
-            if isinstance(part, LowRank) and self.cut is not None:
-                _add_cut(into, part.to(torch.float32), self.cut)
-            elif isinstance(part, LowRank) and not self._forms(part):
-                _add_between(into, part.to(torch.float32), self.whole)
+            if isinstance(part, LowRank):
+                part = part.to(torch.float32)
+            if kernel == "cut" and isinstance(part, LowRank) and self.cut is not None:
+                _add_cut(into, part, self.cut)
+            elif kernel == "between" and isinstance(part, LowRank):
+                _add_between(into, part, self.whole)
             else:
-                _add_whole(into, part.to(torch.float32) if isinstance(part, LowRank) else part, self.whole)
+                _add_whole(into, part, self.whole)
 
-    def _forms(self, row: LowRank) -> bool:
-        return len(self) * (row.u.shape[1] - 1) > MANY
-
-    def _held(self, row: Row) -> int:
-        """Numbers held for one row while it is scored."""
-        width = self.whole.shape[1]
-        if not isinstance(row, LowRank):
-            return max(1, min(width, LONGEST_SUM))
-        c, b = row.u.shape[1:]
+    def _cheapest(self, row: LowRank) -> tuple[str, int]:
+        """The kernel for these rows, and how many numbers it holds for each."""
+        (c, b), a = row.u.shape[1:], row.v.shape[2]
+        ways = [
+            (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
+            ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
+        ]
         if self.cut is not None:
-            return c * (b + row.v.shape[2] + 2 * len(self) * self.cut.u.shape[1])
-        return min(width, LONGEST_SUM) if self._forms(row) else c * (b + row.v.shape[2])
+            k = self.cut.u.shape[1]
+            ways.append((len(self) * CUT * k * c * (a + b), "cut", c * (a + b + 2 * len(self) * k)))
+        _, kernel, held = min(ways)
+        return kernel, held
 
 
 def prepare(q: Float[Tensor, "Q K"], factors: Factors | None, rank: int | None) -> BlockQueries:
     """The queries of one block; cut to their best `rank` pairs when it is given and the pairs are the smaller."""
     q = q.detach().cpu().float()
     if rank is None or factors is None or rank * sum(factors) >= q.shape[1]:
-        return BlockQueries(q, factors)
+        return BlockQueries(q)
     cut = truncate(q.unflatten(1, factors), rank)
     pairs = LowRank(cut.pairs.u * cut.sigma[..., None], cut.pairs.v)
-    return BlockQueries(q, factors, pairs, cut.captured)
+    return BlockQueries(pairs.flat(), pairs, cut.captured)
 
 
 def _add_whole(scores: Scores, row: Row, q: Float[Tensor, "Q K"]) -> None:

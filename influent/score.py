@@ -54,7 +54,7 @@ def score(
     """
     num_queries = _check(index, queries, normalize, self_influence)
     blocks = [_block(index, key, queries[key], query_rank) for key in index.widths]
-    length = torch.stack([Flat(block.queries.whole).squares() for block in blocks]).sum(0).sqrt()
+    length = _squares(index, queries).sum(0).sqrt()
     spread = None if self_influence is None else self_influence.double().sqrt()  # [N]
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
     with _full_float32():
@@ -79,7 +79,7 @@ def score(
 def query_energy(index: RowSource, queries: Queries, query_rank: int) -> Float[Tensor, " Q"]:
     """The share of each query's squared length, over all blocks, that `score` keeps with this `query_rank`, [Q]."""
     blocks = [_block(index, key, queries[key], query_rank).queries for key in index.widths]
-    squares = torch.stack([Flat(block.whole).squares() for block in blocks])  # [blocks, Q]
+    squares = _squares(index, queries)
     ones = torch.ones(squares.shape[1])
     kept = torch.stack([ones if block.captured is None else block.captured for block in blocks])
     return torch.where(squares.sum(0) > 0, (squares * kept).sum(0) / squares.sum(0), 1.0)
@@ -152,6 +152,10 @@ def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> _Bl
         case LowRank(u=u, v=v):
             width, factors = u.shape[1] * (u.shape[2] + v.shape[2]), (v.shape[2], u.shape[2])
     return _Block(key, prepare(q, factors, query_rank), max(1, FETCH_NUMBERS // max(1, width)))
+
+
+def _squares(index: RowSource, queries: Queries) -> Float[Tensor, "blocks Q"]:
+    return torch.stack([Flat(queries[key].detach().cpu()).squares() for key in index.widths])
 
 
 def _checked(shards: Sequence[Shard]) -> Iterator[Shard]:

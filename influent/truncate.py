@@ -21,7 +21,7 @@ from .rng import Stream
 EXACT_RATIO = 6
 # What the last round may still add to the captured energy, as a share of the matrix's. Slow convergence means singular
 # values that are close, so that little is lost: the shortfall is at most the gain times the rounds or so.
-GAIN = 1e-4
+GAIN = 3e-5
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -61,7 +61,7 @@ def _basis(gram: Float[Tensor, "n m m"], rank: int) -> Float[Tensor, "n m c"]:
     if EXACT_RATIO * rank > m:
         return _exact(gram, rank)
     p = _start(m, rank).to(gram.device).expand(len(gram), -1, -1)
-    rounds, doublings = (8, 3) if rank == 1 else (10, 1)
+    rounds, doublings = (8, 4) if rank == 1 else (10, 1)
     power = gram
     for _ in range(doublings):
         power = power / power.diagonal(dim1=1, dim2=2).sum(1).clamp(min=TINY)[:, None, None]

@@ -36,7 +36,7 @@ def relative_error(text: str, x: torch.Tensor, factors=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("factors", [None, FACTORS, (63, 1), (1, 63), (2, 31)])
+@pytest.mark.parametrize("factors", [None, FACTORS, (63, 1), (1, 63), (3, 21)])
 def test_the_tensors_are_those_that_the_codec_names(text, factors):
     codec = Codec.parse(text)
     coded, row = round_trip(text, rows(5, 63), factors)
@@ -144,7 +144,7 @@ def test_estimates_are_unbiased_over_rotations(bits):
     """The mean of <rotated x decoded, rotated y> over random rotations is <x, y>, y in every direction from x."""
     x = rows(1, 24, seed=3, tail=1.0).double()
     rng = torch.Generator().manual_seed(1)
-    turns = torch.linalg.qr(torch.randn(20_000, 24, 24, generator=rng, dtype=torch.float64)).Q
+    turns = torch.linalg.qr(torch.randn(6_000, 24, 24, generator=rng, dtype=torch.float64)).Q
     decoded = round_trip(bits, (x @ turns).flatten(0, 1).float())[1].flat().double()
     back = (turns @ decoded[:, :, None])[..., 0] / x.norm()  # [turns, 24], in the basis of x
     noise = back.std(0) / math.sqrt(len(turns))
@@ -156,7 +156,7 @@ def test_estimates_are_unbiased_over_rotations(bits):
 def test_rank_rows_are_unbiased_over_rotations_of_both_sides(bits):
     x = rows(1, 63, seed=4).view(9, 7).double()
     rng = torch.Generator().manual_seed(2)
-    left, right = (torch.linalg.qr(torch.randn(20_000, n, n, generator=rng, dtype=torch.float64)).Q for n in FACTORS)
+    left, right = (torch.linalg.qr(torch.randn(6_000, n, n, generator=rng, dtype=torch.float64)).Q for n in FACTORS)
     turned = (left @ x @ right.mT).float().flatten(1)
     row = round_trip(f"rank:2:{bits}", turned, FACTORS)[1]
     back = left.mT @ row.flat().double().unflatten(1, FACTORS) @ right
@@ -184,7 +184,7 @@ def test_the_captured_share_is_that_of_the_stored_pairs(text):
     torch.testing.assert_close(coded.captured.double(), kept, rtol=5e-3, atol=1e-6)
     exact = torch.linalg.svdvals(x.view(-1, *FACTORS).double()).square()
     best = exact[:, : Codec.parse(text).rank].sum(1) / exact.sum(1)
-    torch.testing.assert_close(coded.captured.double(), best, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(coded.captured.double(), best, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("text", ["int8", "int4", "sign", "rank:1:int4", "rank:3:sign", "rank:1:float32"])
@@ -196,12 +196,12 @@ def test_a_row_that_is_not_finite_is_named(text, value):
         round_trip(text, x, FACTORS)
 
 
-@pytest.mark.parametrize("text", ["int8", "sign", "rank:1:int4"])
-def test_numbers_beyond_the_scale_are_refused(text):
+@pytest.mark.parametrize(("text", "size"), [("int8", 3e38), ("int4", 3e37), ("sign", 3e37), ("rank:1:int4", 3e38)])
+def test_numbers_beyond_the_scale_are_refused(text, size):
     x = rows(4, 63)
-    x[3] *= 1e37 / x[3].abs().max()
+    x[3] *= size / x[3].abs().max()
     with pytest.raises(NumericsError, match=r"block 'k', row 3 of its batch: .*out of the range"):
-        round_trip(text, x * 10 if text != "sign" else x, FACTORS)
+        round_trip(text, x, FACTORS)
 
 
 @settings(max_examples=60, deadline=None)
