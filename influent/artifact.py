@@ -8,70 +8,45 @@ normative.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from .errors import CorruptError, FormatError, MismatchError, SpecError
+from .digests import canonical_json, difference, digest, hash_bytes, hash_object
+from .errors import CorruptError, FormatError, MismatchError
 from .payload import Payload, encode
-from .storage import Buffer, Store
+from .storage import Store
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = [1, 0]
+FORMAT = [1, 1]
 READER = "influent 0.1"  # the first release that reads this format; a reader that cannot says so
-KNOWN: frozenset[str] = frozenset()  # features beyond format 1.0 that this release reads
-CHUNK = 1 << 24  # bytes hashed at a time
-
-
-def canonical_json(obj: object) -> bytes:
-    """The one text of a JSON value: keys sorted, no spaces, UTF-8; SpecError for what JSON cannot hold."""
-    try:
-        return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as e:  # NaN, infinity or half a surrogate pair
-        raise SpecError(f"a value that JSON cannot hold: {e}") from e
-
-
-def digest(obj: object) -> str:
-    """The BLAKE2b-256 of a value's canonical JSON, as "blake2b-256:<hex>"."""
-    return hash_bytes([canonical_json(obj)])
-
-
-def hash_bytes(parts: Iterable[Buffer]) -> str:
-    """The BLAKE2b-256 of the parts' bytes one after another, as "blake2b-256:<hex>"."""
-    h = blake2b(digest_size=32)
-    for part in parts:
-        h.update(part)
-    return f"blake2b-256:{h.hexdigest()}"
-
-
-def hash_object(store: Store, name: str) -> str:
-    """The BLAKE2b-256 of a stored object, read in pieces."""
-    size = store.size(name)
-    return hash_bytes(store.get_range(name, lo, min(lo + CHUNK, size)) for lo in range(0, size, CHUNK))
+KNOWN = frozenset({"codec", "append"})  # features beyond format 1.0 that this release reads
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One committed shard: its row range [lo, hi) if it holds rows, and its payload's size and hash."""
+    """One committed shard: its row range [lo, hi) if it holds rows, its payload's size and hash, and the digest of
+    the spec or of the generation that it belongs to."""
 
     name: str
     rows: tuple[int, int] | None
     bytes: int
     hash: str
     meta: dict[str, Any]
+    spec: str
 
     @property
     def payload(self) -> str:
         return f"{_stem(self.name)}.safetensors"
 
-    def to_json(self, spec: str) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         rows = list(self.rows) if self.rows else None
         return {
-            "name": self.name, "rows": rows, "bytes": self.bytes, "hash": self.hash, "spec": spec, "meta": self.meta
+            "name": self.name, "rows": rows, "bytes": self.bytes, "hash": self.hash, "spec": self.spec,
+            "meta": self.meta,
         }  # fmt: skip
 
     @classmethod
@@ -87,39 +62,58 @@ class Record:
             if not (isinstance(rows, list) and len(rows) == 2 and all(type(r) is int for r in rows)):
                 raise ValueError(f"the record's rows must be [lo, hi] or null, got {rows!r}")
             rows = (rows[0], rows[1])
-        return cls(obj["name"], rows, obj["bytes"], obj["hash"], obj["meta"])
+        return cls(obj["name"], rows, obj["bytes"], obj["hash"], obj["meta"], obj["spec"])
 
 
 class ArtifactWriter:
     """Writes one artifact, shard by shard; what is finished survives any interruption and is not redone."""
 
-    def __init__(self, store: Store, spec: dict[str, Any], notes: dict[str, Any], *, kind: str):
-        self.store, self.kind, self.spec, self.notes = store, kind, spec, notes
-        self.digest = digest(spec)
-        self.committed = store.exists("manifest.json")
-        done = Artifact.open(store, kind).records if self.committed else self._intact()
+    def __init__(self, store: Store, head: dict[str, Any], *, base: Artifact | None = None, data: str = ""):
+        self.store, self.kind, self.spec, self.notes = store, head["kind"], head["spec"], head["notes"]
+        self.digest: str = head["digest"]
+        self.requires: list[str] = head["requires"]
+        self.base = base  # the generation that rows are added to
+        self._added = [*base.data, data] if base else []
+        self.owner = generation_digest(self.digest, self._added) if base else self.digest
+        self.committed = base is None and store.exists("manifest.json")
+        if base is not None:
+            done = [*base.records, *self._intact()]
+        else:
+            done = Artifact.open(store, self.kind).records if self.committed else self._intact()
         self.records: dict[str, Record] = {record.name: record for record in done}
 
     @classmethod
     def open(
-        cls, store: Store, kind: str, spec: dict[str, Any], *, notes: dict[str, Any] | None = None
+        cls,
+        store: Store,
+        kind: str,
+        spec: dict[str, Any],
+        *,
+        notes: dict[str, Any] | None = None,
+        requires: Sequence[str] = (),
     ) -> ArtifactWriter:
         """Begin an artifact, or go on with one of the same spec: its stored notes and intact shards are kept.
 
-        `notes` are undigested facts that do not change the numbers (shard_rows, where the model was).
+        `notes` are undigested facts that do not change the numbers (shard_rows, where the model was); `requires` names
+        what a reader must know beyond format 1.0.
         Raises MismatchError, naming the first field that differs, when another spec is there already.
         """
         if store.exists("spec.json"):
             head = _read_spec(store, kind)
             if head["digest"] != digest(spec):
-                raise MismatchError(_difference(store, head["spec"], json.loads(canonical_json(spec))))
-            return cls(store, spec, head["notes"], kind=kind)
+                raise MismatchError(difference(store, head["spec"], json.loads(canonical_json(spec))))
+            return cls(store, head)
         if store.exists("manifest.json"):
             raise CorruptError(f"{store}/spec.json: missing, but there is a manifest.json; {_redo('spec.json')}")
-        notes = notes or {}
-        head = {**_version(kind), "spec": spec, "digest": digest(spec), "notes": notes}
+        head = {**_version(kind, requires), "spec": spec, "digest": digest(spec), "notes": notes or {}}
         store.put("spec.json", canonical_json(head))
-        return cls(store, spec, notes, kind=kind)
+        return cls(store, head)
+
+    @classmethod
+    def extend(cls, store: Store, kind: str, data: str) -> ArtifactWriter:
+        """Begin the next generation of a finished artifact, with rows of the data of digest `data` added, or go on
+        with it. The records so far stay; their shards are not read. Readers see the old generation until `commit`."""
+        return cls(store, _read_spec(store, kind), base=Artifact.open(store, kind), data=data)
 
     def put(
         self,
@@ -132,9 +126,9 @@ class ArtifactWriter:
         """Write one shard, payload first and record after it; the record is what makes the shard count."""
         parts = encode(tensors)
         size = sum(len(part) for part in parts)
-        record = Record(name, rows, size, hash_bytes(parts), meta or {})
+        record = Record(name, rows, size, hash_bytes(parts), meta or {}, self.owner)
         self.store.put(record.payload, parts)
-        self.store.put(f"{_stem(name)}.json", canonical_json(record.to_json(self.digest)))
+        self.store.put(f"{_stem(name)}.json", canonical_json(record.to_json()))
         self.records[name] = record
         return record
 
@@ -144,17 +138,29 @@ class ArtifactWriter:
         `files` are other objects of the directory (catalog.parquet) that the manifest shall vouch for.
         """
         self.store.sweep()
+        records = _ordered(self.records.values())
+        history = self._history(records[-1].rows[1] if records and records[-1].rows else 0)
+        beside = {n: {"bytes": self.store.size(n), "hash": hash_object(self.store, n)} for n in sorted(files)}
         manifest = {
-            **_version(self.kind),
-            "generation": 0,
+            **_version(self.kind, [*self.requires, "append"] if history else self.requires),
+            "generation": max(0, len(history) - 1),
             "spec": self.digest,
             "spec_hash": hash_object(self.store, "spec.json"),
-            "records": [record.to_json(self.digest) for record in _ordered(self.records.values())],
-            "files": {n: {"bytes": self.store.size(n), "hash": hash_object(self.store, n)} for n in sorted(files)},
+            "records": [record.to_json() for record in records],
+            # What was committed before is vouched for as it was then: it may have been damaged since.
+            "files": beside | (self.base.files if self.base else {}),
             "summary": summary,
         }
+        manifest |= {"history": history} if history else {}
         self.store.put("manifest.json", canonical_json({**manifest, "digest": digest(manifest)}))
         self.committed = True
+
+    def _history(self, num_rows: int) -> list[dict[str, Any]]:
+        """An entry for every generation, this one last; none for an artifact that nothing was ever added to."""
+        if self.base is None:
+            return []
+        now = {"generation": self.base.generation + 1, "rows": num_rows, "data": self._added[-1], "digest": self.owner}
+        return [*self.base.history, now]
 
     def _intact(self) -> list[Record]:
         """Shards whose record, spec digest and payload hash are all right; the others are as if never written."""
@@ -167,7 +173,7 @@ class ArtifactWriter:
                 record = Record.from_json(obj)
             except ValueError:  # torn or foreign: not a record, so its shard is done again
                 continue
-            whole = f"{_stem(record.name)}.json" == name and obj["spec"] == self.digest
+            whole = f"{_stem(record.name)}.json" == name and record.spec == self.owner
             if whole and self.store.exists(record.payload) and hash_object(self.store, record.payload) == record.hash:
                 found.append(record)
         return found
@@ -186,6 +192,7 @@ class Artifact:
         self.summary: dict[str, Any] = manifest["summary"]
         self.files: dict[str, dict[str, Any]] = manifest["files"]
         self.records: list[Record] = [Record.from_json(obj) for obj in manifest["records"]]
+        self.history: list[dict[str, Any]] = _history(manifest, self.digest, self.spec, self.records)
         self._by_name = {record.name: record for record in self.records}
         self._spec_hash: str = manifest["spec_hash"]
         self._last: Payload | None = None
@@ -213,6 +220,16 @@ class Artifact:
         except (KeyError, TypeError, ValueError) as e:
             raise CorruptError(f"{store}/manifest.json: {type(e).__name__}: {e}; {_redo('manifest.json')}") from e
 
+    @property
+    def data(self) -> list[str]:
+        """The digest of what each generation added."""
+        return [entry["data"] for entry in self.history]
+
+    @property
+    def identity(self) -> str:
+        """The digest of the spec and of all that was added since."""
+        return self.history[-1]["digest"]
+
     def tensors(self, name: str) -> Payload:
         """The tensors of one shard: views of one memory mapping from a local store, fetched one by one from a remote
         one. Sizes and offsets are checked here, hashes by `check` and `verify`."""
@@ -238,14 +255,14 @@ class Artifact:
         problems = [self._compare("spec.json", None, self._spec_hash)]
         for name, file in self.files.items():
             # They are made together, so they are mended together.
-            problems.append(self._compare(name, file["bytes"], file["hash"], mend=_redo(*self.files)))
+            problems.append(self._compare(name, file["bytes"], file["hash"], mend=self._redo(*self.files)))
         for record in self.records:
             problems.append(self._compare(record.payload, record.bytes, record.hash))
             problems.append(self._check_record(record))
         return [problem for problem in problems if problem]
 
     def _compare(self, name: str, size: int | None, expected: str, *, mend: str = "") -> str | None:
-        mend = mend or _redo(name)
+        mend = mend or self._redo(name)
         try:
             if size is not None and (got := self.store.size(name)) != size:
                 return f"{self.store}/{name}: expected {size} bytes, got {got}; {mend}"
@@ -257,14 +274,17 @@ class Artifact:
             return f"{e}; {mend}"
         return None
 
+    def _redo(self, *names: str) -> str:
+        return _redo(*names) + (", and then each `influent append`" if len(self.history) > 1 else "")
+
     def _check_record(self, record: Record) -> str | None:
         name = f"{_stem(record.name)}.json"
         try:
-            if self.store.get(name) == canonical_json(record.to_json(self.digest)):
+            if self.store.get(name) == canonical_json(record.to_json()):
                 return None
         except CorruptError as e:
-            return f"{e}; {_redo(name)}"
-        return f"{self.store}/{name}: differs from the manifest's record; {_redo(name)}"
+            return f"{e}; {self._redo(name)}"
+        return f"{self.store}/{name}: differs from the manifest's record; {self._redo(name)}"
 
 
 def kind_of(store: Store) -> str:
@@ -288,8 +308,38 @@ def _ordered(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda r: (r.rows or (0, 0), r.name))
 
 
-def _version(kind: str) -> dict[str, Any]:
-    return {"format": FORMAT, "requires": [], "reader": READER, "kind": kind}
+def _version(kind: str, requires: Sequence[str]) -> dict[str, Any]:
+    # The least version that says it all, so that the bytes of an older format stay as they were.
+    minor = 1 if requires else 0
+    return {"format": [FORMAT[0], minor], "requires": list(requires), "reader": READER, "kind": kind}
+
+
+def generation_digest(spec: str, data: Sequence[str]) -> str:
+    """The identity of an artifact with rows added: of its spec's digest and of each generation's data."""
+    return spec if len(data) == 1 else digest({"spec": spec, "data": list(data)})
+
+
+def _history(
+    manifest: dict[str, Any], spec_digest: str, spec: dict[str, Any], records: Sequence[Record]
+) -> list[dict[str, Any]]:
+    """The generations, oldest first, the last one is this; ValueError unless they and the records fit together."""
+    end = records[-1].rows[1] if records and records[-1].rows else 0
+    first = {"generation": 0, "rows": end, "data": spec.get("data"), "digest": spec_digest}
+    if (history := manifest.get("history")) is None:
+        return [first]
+    data = [entry["data"] for entry in history]
+    for number, entry in enumerate(history):
+        wanted = number, generation_digest(spec_digest, data[: number + 1])
+        if (got := (entry["generation"], entry["digest"])) != wanted:
+            raise ValueError(f"history[{number}]: expected {wanted}, got {got}")
+    if data[0] != spec.get("data") or len(history) != manifest["generation"] + 1 or history[-1]["rows"] != end:
+        raise ValueError("its history does not fit its generation, rows or data")
+    for record in records:
+        owners = (entry["digest"] for entry in history if record.rows is None or record.rows[1] <= entry["rows"])
+        owner = next(owners, None)
+        if record.spec != owner:
+            raise ValueError(f"record {record.name}: spec is {record.spec}, expected {owner}")
+    return history
 
 
 def _read_json(store: Store, name: str) -> dict[str, Any]:
@@ -335,39 +385,3 @@ def _check_version(store: Store, name: str, obj: dict[str, Any], kind: str) -> N
             raise FormatError(f"{store}/{name}: requires {feature!r}, which this release does not know; use {reader}")
     if obj.get("kind") != kind:
         raise FormatError(f"{store}/{name}: expected a directory of kind {kind!r}, got {obj.get('kind')!r}")
-
-
-def _difference(where: Store, old: Any, new: Any) -> str:
-    """The message for the first field, in sorted order, in which two specs differ."""
-    path, stored, asked = _first_difference("", old, new)
-    return (
-        f"{where}: in use by another spec: {path} is {_short(stored)} there and {_short(asked)} in this run; "
-        "choose another directory, or delete that one"
-    )
-
-
-def _first_difference(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            a, b = old.get(key, ABSENT), new.get(key, ABSENT)
-            if not _same(a, b):
-                return _first_difference(f"{path}.{key}" if path else key, a, b)
-    if isinstance(old, list) and isinstance(new, list):
-        for i, (a, b) in enumerate(zip(old, new, strict=False)):
-            if not _same(a, b):
-                return _first_difference(f"{path}[{i}]", a, b)
-        return f"the length of {path}", len(old), len(new)
-    return path, old, new
-
-
-ABSENT = object()
-
-
-def _same(a: Any, b: Any) -> bool:
-    # By text, as the digest is: to Python 1, 1.0 and True are equal.
-    return a is not ABSENT and b is not ABSENT and canonical_json(a) == canonical_json(b)
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."

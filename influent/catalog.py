@@ -83,20 +83,20 @@ def extend(
     store: Store,
     *,
     parts: int,
-    pairs: Iterable[str] | None = None,
+    hashes: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> Catalog:
     """The catalog with a part more: the records of `data`, checked like the others, or examples with the content
-    hashes `pairs`. A part of the same data that an interrupted call left is kept; if `data` is what the last of the
+    `hashes`. A part of the same data that an interrupted call left is kept; if `data` is what the last of the
     `parts` was made of, the catalog is returned as it is.
 
     Raises DataError (both places) for an id that is repeated or is in an earlier part, SpecError.
     """
     old, skips = Catalog.open(store, parts), Skips()
-    if pairs is None:
+    if hashes is None:
         rows = _rows(data, None, old.parts[0].keep, skips)
     else:
-        rows = (Row("", "memory", None, None, "", None, digest, f"item {i}") for i, digest in enumerate(pairs))
+        rows = (Row("", "memory", None, None, "", None, digest, f"item {i}") for i, digest in enumerate(hashes))
     with tempfile.TemporaryDirectory(prefix="influent-") as folder:
         path = Path(folder, f"{stem(parts)}.parquet")
         done = write_rows(rows, path, first=old.n, progress=progress)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact import Artifact, Record, kind_of
 from .codec import Codec, Factors
 from .errors import CorruptError, InfluentError, LayerError, SpecError
-from .layout import CAPTURED, CATALOG, IDS, STATS, Layout, Tensors, first_gap, num_rows
+from .layout import CAPTURED, IDS, STATS, Layout, Tensors, first_gap, num_rows
 from .payload import Payload
 from .storage import Store
 
@@ -82,9 +82,10 @@ class Shard:
 
         Costs a read of the payload and its hash, 1 to 3 ms per MB; from a remote store a second transfer of it.
         """
+        again = ", and then each `influent append`" if self._index.history else ""
         mend = (
             f"delete {self._record.payload} and manifest.json there, then run the `influent index` command that made "
-            "the index again: it redoes this shard alone (`influent verify` lists all damage)"
+            f"the index again{again}: it redoes this shard alone (`influent verify` lists all damage)"
         )
         self._index.artifact.check(self.name, mend=mend)
 
@@ -137,9 +138,8 @@ class Index:
 
     def __init__(self, path: str, artifact: Artifact):
         self.path, self.artifact, self.store = path, artifact, artifact.store
-        self.spec, self.digest, self.notes, self.summary = (
-            artifact.spec, artifact.digest, artifact.notes, artifact.summary
-        )  # fmt: skip
+        self.spec, self.notes, self.summary = artifact.spec, artifact.notes, artifact.summary
+        self.digest: str = artifact.identity  # of these rows: the spec's, until rows are appended
         self.layout = Layout.of(self.spec)
         self.codec: Codec = self.layout.codec
         self.widths: dict[str, int] = self.layout.widths
@@ -167,13 +167,15 @@ class Index:
     def history(self) -> list[dict[str, Any]]:
         """The earlier generations, oldest first: `generation`, `rows` (how many there were), `digest` (the index's,
         then). Empty for an index that nothing was appended to."""
-        return []
+        return [
+            {name: entry[name] for name in ("generation", "rows", "digest")} for entry in self.artifact.history[:-1]
+        ]
 
     @cached_property
     def catalog(self) -> Catalog:
         from .catalog import Catalog
 
-        return Catalog.open(self.store)
+        return Catalog.open(self.store, len(self.artifact.history))
 
     def stat(self, name: str) -> torch.Tensor:
         """ "loss", "norm" or "tokens" of every row, [N] float32."""
@@ -193,6 +195,7 @@ def info(index: Index) -> dict[str, Any]:
         "compress": index.spec["compress"],
         "codec": "dense" if index.layout.is_plain else str(index.codec),
         "dtype": index.dtype,
+        "captured": _captured(index),
         "skipped": index.summary["skipped"],
         "split": index.summary.get("split", 0),
         "digest": index.digest,
@@ -202,6 +205,23 @@ def info(index: Index) -> dict[str, Any]:
         "summary": index.summary,
         "notes": index.notes,
     }
+
+
+def _captured(index: Index) -> dict[str, Any] | None:
+    """The mean share of the rows' energy that the rank cut kept, overall, and of each block its mean and least."""
+    if not index.layout.has_captured or not index.n:
+        return None
+    import torch
+
+    total, least = torch.zeros(len(index.keys), dtype=torch.float64), torch.ones(len(index.keys))
+    for shard in index.shards:
+        kept = shard.captured
+        assert kept is not None
+        total += kept.sum(dim=0, dtype=torch.float64)
+        least = torch.minimum(least, kept.amin(dim=0))
+    means = (total / index.n).tolist()
+    blocks = {key: {"mean": a, "min": b} for key, a, b in zip(index.keys, means, least.tolist(), strict=True)}
+    return {"mean": sum(means) / len(means), "blocks": blocks}
 
 
 def verify(path: str | os.PathLike[str] | Store) -> dict[str, Any]:
@@ -219,7 +239,7 @@ def verify(path: str | os.PathLike[str] | Store) -> dict[str, Any]:
     for shard in index.shards:
         if shard.where not in damaged:
             errors += _problems(shard.verify)
-    if f"{store}/{CATALOG[0]}" not in damaged and f"{store}/{CATALOG[1]}" not in damaged:
+    if not any(f"{store}/{name}" in damaged for name in index.artifact.files):
         errors += _problems(lambda: _check_catalog(index))
     for folder in _fitted(store):
         errors += _problems(lambda folder=folder: Artifact.open(folder, kind_of(folder)).verify())
@@ -227,12 +247,15 @@ def verify(path: str | os.PathLike[str] | Store) -> dict[str, Any]:
 
 
 def _check_catalog(index: Index) -> list[str]:
-    catalog, where = index.catalog, f"{index.store}/{CATALOG[0]}"
-    problems = catalog.verify()
-    if catalog.n != index.n:
-        problems.append(f"{where}: {catalog.n} rows, but the index has {index.n}")
-    if catalog.digest != index.spec["data"]:
-        problems.append(f"{where}: its digest is {catalog.digest}, but the spec has {index.spec['data']}")
+    problems = index.catalog.verify()
+    begun = 0
+    for part, entry in zip(index.catalog.parts, index.artifact.history, strict=True):
+        where, rows = f"{index.store}/{part.record_name}", entry["rows"] - begun
+        begun = entry["rows"]
+        if part.n != rows:
+            problems.append(f"{where}: {part.n} rows, but the index has {rows}")
+        if part.digest != entry["data"]:
+            problems.append(f"{where}: its digest is {part.digest}, but the spec has {entry['data']}")
     return problems
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class IndexWriter:
         self.store, self.spec, self.digest, self.notes = writer.store, writer.spec, writer.digest, writer.notes
         self.layout = Layout.of(writer.spec)
         self.widths = self.layout.widths
+        self._before = writer.base.records if writer.base else []  # shards of earlier generations
         self._planned = 0
 
     @classmethod
@@ -53,23 +54,31 @@ class IndexWriter:
         Raises MismatchError, naming the first field that differs, when another spec's index is there; LayerError when
         two blocks would store tensors of one name.
         """
-        Layout.of(spec)  # what cannot be written must not be begun
-        return cls(ArtifactWriter.open(Store.at(path), "index", spec, notes=notes))
+        layout = Layout.of(spec)  # what cannot be written must not be begun
+        requires = () if layout.is_plain else ("codec",)
+        return cls(ArtifactWriter.open(Store.at(path), "index", spec, notes=notes, requires=requires))
+
+    @classmethod
+    def extend(cls, path: str | os.PathLike[str] | Store, data: str) -> IndexWriter:
+        """Begin to append rows, of the catalog part of digest `data`, to a finished index, or go on with it. The
+        shards it has are neither read nor written; readers see the index without the new rows until `commit`."""
+        return cls(ArtifactWriter.extend(Store.at(path), "index", data))
 
     @property
     def committed(self) -> bool:
         return self.artifact.committed
 
     def plan(self, n_rows: int) -> list[Chunk]:
-        """All chunks of an index of `n_rows` rows."""
-        size = self.notes["shard_rows"]
-        return [Chunk(i, lo, min(lo + size, n_rows)) for i, lo in enumerate(range(0, n_rows, size))]
+        """All chunks of an index of `n_rows` rows that this generation writes."""
+        size, number, first = self.notes["shard_rows"], len(self._before), num_rows(self._before)
+        return [Chunk(i, lo, min(lo + size, n_rows)) for i, lo in enumerate(range(first, n_rows, size), number)]
 
     def pending(self, n_rows: int) -> list[Chunk]:
         """The chunks not yet committed, in row order. Shards that are not of this plan will not be committed."""
         plan = self.plan(n_rows)
         ranges = {chunk.name: (chunk.lo, chunk.hi) for chunk in plan}
         done = {name: r for name, r in self.artifact.records.items() if ranges.get(name) == r.rows}
+        done |= {record.name: record for record in self._before}
         self.artifact.records, self._planned = done, n_rows
         return [chunk for chunk in plan if chunk.name not in done]
 
@@ -121,9 +130,10 @@ class IndexWriter:
         meta = {"skipped": {reason: sorted(ids) for reason, ids in sorted(skipped.items()) if ids}, "split": split}
         return self.artifact.put(chunk.name, tensors, meta, rows=(chunk.lo, chunk.hi))
 
-    def commit(self, summary: dict[str, Any]) -> None:
+    def commit(self, summary: dict[str, Any], *, files: Sequence[str] = CATALOG) -> None:
         """Write the manifest. `summary` is anything the report needs; `rows`, `bytes` and `skipped` are set here, the
-        last as the counts of `summary["skipped"]` (what never became a row) plus those of the shards.
+        last as the counts of `summary["skipped"]` (what never became a row) plus those of the shards. `files` are the
+        catalog's, as far as they are there.
 
         Raises FormatError when the shards do not cover the rows without gap or overlap.
         """
@@ -138,7 +148,7 @@ class IndexWriter:
             skipped.update({reason: len(ids) for reason, ids in record.meta["skipped"].items()})
         totals = {"rows": num_rows(records), "bytes": sum(r.bytes for r in records), "skipped": dict(skipped)}
         totals["split"] = sum(record.meta.get("split", 0) for record in records)
-        self.artifact.commit({**summary, **totals}, files=[name for name in CATALOG if self.store.exists(name)])
+        self.artifact.commit({**summary, **totals}, files=[name for name in files if self.store.exists(name)])
 
 
 def write_rows(

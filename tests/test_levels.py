@@ -12,11 +12,11 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "catalog_part", "codec", "damping", "examples", "fetch", "gradients", "hashing", "hub", "loading", "maps", "payload",
-     "records", "reduce", "sides", "task", "tokenloss", "truncate"],
+    ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients", "hashing",
+     "hub", "loading", "maps", "payload", "records", "reduce", "sides", "task", "tokenloss", "truncate"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
-    ["attach", "choosing", "filling", "methods", "querying", "score"],
+    ["appending", "attach", "choosing", "filling", "methods", "querying", "score"],
     ["cli", "demo", "preflight", "report"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
