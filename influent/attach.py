@@ -20,7 +20,7 @@ from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
-from influent.layers import Plan, device_of, plan
+from influent.layers import device_of, plan
 from influent.layout import with_factors
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION

@@ -18,6 +18,9 @@ from influent.gradients import Outer, Side
 from influent.layers import Block, Plan, Site
 from influent.maps import wide, with_one
 
+# A position whose output gradient is this small beside the largest of its example has none: the gradient of the first
+# query of an attention layer, which has nothing to choose from, is zero but for rounding.
+FAINT = 1e-5
 GRADIENT_ENTRIES = 2**26  # of full gradients formed at a time
 WIDEST = 2**14  # a side of this width has a moment of 2 GiB
 WIDEST_EMBEDDING = 2**13
@@ -60,7 +63,7 @@ class Moments:
         self.num_examples = 0
         self.num_positions: Counter[str] = Counter()
         self._open: Counter[str] = Counter()  # calls of a block whose backward pass has not come
-        self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}  # sides of a block that is used more than once
+        self._calls: dict[str, tuple[Block, list[tuple[Tensor, Tensor]]]] = {}  # sides that wait for other calls
         self._vectors: dict[str, Tensor] = {}
         self._done: set[str] = set()
 
@@ -73,11 +76,11 @@ class Moments:
         if site.kind == "embedding":
             missing = block.in_width - d.shape[-1]  # a tied head's bias column
             a, d = nn.functional.pad(wide(d), (0, missing)), kept
-            live = a.any(-1)
+            live = _live(a)
         else:
             a = with_one(wide(kept)) if site.bias else wide(kept)
             d = wide(d)
-            live = d.any(-1)
+            live = _live(d)
         self._open[block.name] -= 1
         if self.kind == "kfac":
             self._add_positions(block.name, a[live], d[live])
@@ -92,6 +95,8 @@ class Moments:
         """End a batch of `size` examples."""
         for name, gradient in self._vectors.items():
             self.sums[name]["flat"] += gradient.T @ gradient
+        for name in list(self._calls):  # checkpointing enters a layer twice and leaves it once
+            self._close(name)
         self.num_examples += size
         self.drop()
 
@@ -120,11 +125,14 @@ class Moments:
             )
         if not d.is_floating_point():
             d = nn.functional.one_hot(d.long(), block.out_width).to(a.dtype)
-        self._calls.setdefault(name, []).append((a, d))
+        self._calls.setdefault(name, (block, []))[1].append((a, d))
         if self._open[name] == 0:
-            calls = self._calls.pop(name)
-            self._done.add(name)
-            self._add_gradients(block, *(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True)))
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        block, calls = self._calls.pop(name)
+        self._done.add(name)
+        self._add_gradients(block, *(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True)))
 
     def _add_gradients(self, block: Block, a: Tensor, d: Tensor) -> None:
         sums, step = self.sums[block.name], max(1, GRADIENT_ENTRIES // block.width)
@@ -155,6 +163,12 @@ class Moments:
             return {"in": sums["in"] / max(1, self.num_positions[name]), "out": sums["out"] / self.num_examples}
         root = (sums["in"].trace() * self.num_examples).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         return {"in": sums["in"] / root, "out": sums["out"] / root}  # both have the trace sum_i |G_i|^2
+
+
+def _live(d: Float[Tensor, "B T O"]) -> Tensor:
+    """Which positions have an output gradient, [B, T]."""
+    size = torch.linalg.vector_norm(d, dim=-1)
+    return size > FAINT * size.amax(dim=1, keepdim=True)
 
 
 def basis(moment: Float[Tensor, "p p"], k: int, *, power: float, damping: float) -> tuple[Tensor, float]:
