@@ -45,6 +45,10 @@ Damping = Annotated[str | None, typer.Option(metavar="D", help=f"{DAMPING}that o
 CurvatureName = Annotated[
     str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
 ]
+Parity = Annotated[
+    str | None, typer.Option(metavar="RULE", help="LoRIF's published damping: paper or release (for lowrank, sketch).")
+]
+Memory = Annotated[int | None, typer.Option(metavar="MIB", min=1, help="For the rows held at a time. Default: 256.")]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
 ]
@@ -130,19 +134,23 @@ def index(
 @app.command()
 def fit(
     index: IndexPath,
-    curvature: Annotated[str, typer.Option(metavar="NAME", help="fim or identity.")] = "fim",
+    curvature: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="fim, lowrank:R, sketch:R or identity. Default: the method's own."),
+    ] = None,
     damping: FitDamping = None,
+    memory: Memory = None,
     json: Json = False,
 ) -> None:
     """Fit a curvature to an index.
 
     Any number of them may be fitted; another damping reuses the costly part.
     """
-    preflight.choice("--curvature", curvature, ("fim", "identity"))
+    preflight.curvature(curvature)
     preflight.damping(damping)
     preflight.index(index)
     with _progress() as progress:
-        document = influent.fit(index, curvature=curvature, damping=damping, progress=progress)
+        document = influent.fit(index, curvature=curvature, damping=damping, memory=memory, progress=progress)
     from influent.report import print_fit
 
     _print(document, print_fit, json=json)
@@ -162,6 +170,11 @@ def query(
     normalize: Annotated[str, typer.Option(metavar="NAME", help="none, cosine or relatif.")] = "none",
     curvature: CurvatureName = None,
     damping: Damping = None,
+    parity: Parity = None,
+    query_rank: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="Cut preconditioned queries to this rank: faster.")
+    ] = None,
+    memory: Memory = None,
     model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
     scores: Annotated[str | None, typer.Option(metavar="FILE", help="Write queries x rows as float32 .npy.")] = None,
     out: Out = None,
@@ -172,7 +185,9 @@ def query(
     """Rank the training examples behind a completion."""
     preflight.asked(prompt, completion, queries)
     preflight.choice("--normalize", normalize, ("none", "cosine", "relatif"))
+    preflight.curvature(curvature)
     preflight.damping(damping)
+    preflight.parity(parity)
     preflight.output("--scores", scores, (".npy",))
     preflight.output("--out", out, (".parquet", ".csv"))
     opened = preflight.index(index)
@@ -182,8 +197,8 @@ def query(
     with _progress() as progress:
         document = influent.query(
             index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
-            normalize=normalize, curvature=curvature, damping=damping, model=model, scores=scores,
-            token_budget=token_budget, device=device, progress=progress,
+            normalize=normalize, curvature=curvature, damping=damping, parity=parity, query_rank=query_rank,
+            memory=memory, model=model, scores=scores, token_budget=token_budget, device=device, progress=progress,
         )  # fmt: skip
     from influent.report import print_query, query_records, write_table
 
@@ -198,6 +213,8 @@ def self_influence(
     k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Rows to show.")] = 20,
     curvature: CurvatureName = None,
     damping: Damping = None,
+    parity: Parity = None,
+    memory: Memory = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -205,11 +222,15 @@ def self_influence(
 
     Outliers, wrong labels and poisoned rows come first.
     """
+    preflight.curvature(curvature)
     preflight.damping(damping)
+    preflight.parity(parity)
     preflight.output("--out", out, (".parquet", ".csv"))
     preflight.index(index)
     with _progress() as progress:
-        document = influent.self_influence(index, k=k, curvature=curvature, damping=damping, progress=progress)
+        document = influent.self_influence(
+            index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, progress=progress
+        )
     from influent.report import print_self, self_records, write_table
 
     if out is not None:

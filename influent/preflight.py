@@ -10,13 +10,13 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from influent import hub
 from influent.codec import Codec
 from influent.compress import Compress
+from influent.damping import PUBLISHED, Damping
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
 from influent.records import files_of, is_hub_name, read_examples
 from influent.rowstore import Index
@@ -56,16 +56,22 @@ def compressor(text: str | None) -> str | None:
 
 def damping(text: str | None) -> str | None:
     """A damping's text; SpecError unless it is `relative:NUMBER` or `absolute:NUMBER` with a number of 0 or more."""
-    if text is None:
-        return None
-    unit, _, number = text.partition(":")
-    try:
-        fine = unit.strip() in ("relative", "absolute") and isfinite(float(number)) and float(number) >= 0
-    except ValueError:
-        fine = False
-    if not fine:
-        raise SpecError(f"--damping: expected relative:NUMBER or absolute:NUMBER, 0 or more, got {text!r}")
+    if text is not None:
+        Damping.parse(text)
     return text
+
+
+def parity(rule: str | None) -> str | None:
+    """The name of a published damping rule; SpecError for another one."""
+    return None if rule is None else choice("--parity", rule, PUBLISHED)
+
+
+def curvature(name: str | None) -> str | None:
+    """A curvature's name as far as it can be judged without an index; SpecError for an unknown kind."""
+    kinds = ("fim", "lowrank", "sketch", "identity")
+    if name is not None and name.partition(":")[0] not in kinds:
+        raise SpecError(f"--curvature: expected fim, lowrank:R, sketch:R or identity, got {name!r}")
+    return name
 
 
 def pattern(option: str, text: str | None) -> re.Pattern[str] | None:

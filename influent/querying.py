@@ -16,6 +16,7 @@ from influent.attach import Attached, Run, Setting, attach, check_same
 from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
 from influent.errors import DataError, SpecError
+from influent.gradients import LowRank
 from influent.methods import own_curvature
 from influent.progress import Progress
 from influent.records import display_text, read_examples
@@ -23,6 +24,7 @@ from influent.reduce import Full, Pick, Ranked, TopK
 from influent.rowstore import Index
 from influent.storage import Store
 from influent.task import Encodes, Task
+from influent.truncate import truncate
 
 NORMALIZATIONS = ("none", "cosine", "relatif")
 SIGN = "positive = training on it lowered this loss"
@@ -40,6 +42,9 @@ def query(
     normalize: str = "none",
     curvature: str | None = None,
     damping: str | None = None,
+    parity: str | None = None,
+    query_rank: int | None = None,
+    memory: int | None = None,
     model: str | nn.Module | None = None,
     scores: str | None = None,
     token_budget: int = 4096,
@@ -54,6 +59,9 @@ def query(
         queries: a file or sequence of records like the data's (or of examples, for a task without records).
         control: a file or sequence; the one query is then mean(queries) - mean(control).
         normalize: `none`, `cosine` (divided by both lengths) or `relatif` (by the root of each row's self-influence).
+        parity: `paper` or `release`: LoRIF's published damping and tail, and queries cut to the rows' rank as there.
+        query_rank: cut each preconditioned query to this rank in every layer: less work a row, coarser scores.
+        memory: MiB for the rows that a fit holds at a time; 256 by default. Results do not depend on it.
         scores: write the whole matrix, queries x rows, float32, to this .npy file.
 
     Returns:
@@ -68,27 +76,47 @@ def query(
     opened = Index.open(index)
     asked, shown = _read(_given(prompt, completion, queries), task)
     against, _ = _read(control, task) if control is not None else ([], [])
-    fitted = choose_curvature(opened, curvature, damping, own=own_curvature(opened), progress=progress)
+    fitted = choose_curvature(
+        opened, curvature, damping, own=own_curvature(opened), parity=parity, memory=memory, progress=progress
+    )
     words = [display_text(content) for content in shown]
     run = Run(token_budget=token_budget, device=device)
-    with attach(_model(model, opened), task, _setting(opened), run, index=opened.store) as attached:
+    with attach(model_of(model, opened), task, setting_of(opened), run, index=opened.store) as attached:
         check_same(opened, attached)
         rows = _gradients(attached, asked, "query", progress)
         if control is not None:
             rows = score.contrast(rows, _gradients(attached, against, "control", progress))
             words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
             shown = [{"text": f"mean of {len(asked)} queries minus mean of {len(against)} controls"}]
+    if parity is not None:
+        rows = _cut(rows, opened)
     solved = score.precondition(rows, fitted, progress=progress)
     drawn = baselines.random_rows(opened.n, len(shown), k=k, seed=0)
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
     if scores is not None:
         reducers["full"] = Full()
     own = score.self_influence(opened, fitted, progress=progress) if normalize == "relatif" else None
-    found = score.score(opened, solved, reducers, normalize=normalize, self_influence=own, progress=progress)
+    found = score.score(
+        opened, solved, reducers, normalize=normalize, self_influence=own, query_rank=query_rank, progress=progress
+    )
     if scores is not None:
         _save(found["full"], scores)
     by_words = baselines.bm25(opened.catalog, words, k=k)
     return _document(opened, fitted, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
+
+
+def _cut(queries: dict[str, Tensor], index: Index) -> dict[str, Tensor]:
+    """Queries as LoRIF publishes them: of the rows' rank, in the layers whose rows are cut."""
+    found = {}
+    for key, q in queries.items():
+        factors = index.factors[key]
+        rank = index.codec.stored_rank(factors)
+        if factors is None or rank is None:
+            found[key] = q
+            continue
+        cut = truncate(q.unflatten(1, factors), rank)
+        found[key] = LowRank(cut.pairs.u, cut.pairs.v * cut.sigma.unsqueeze(-1)).flat()
+    return found
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -99,7 +127,7 @@ def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
     return queries if queries is not None else [{"prompt": prompt, "completion": completion}]
 
 
-def _model(model: str | nn.Module | None, index: Index) -> str | nn.Module:
+def model_of(model: str | nn.Module | None, index: Index) -> str | nn.Module:
     found = model if model is not None else index.notes["model"]
     if found is None:
         raise SpecError(f"{index.path}: was built from a model in memory; pass that model and its task")
@@ -122,7 +150,7 @@ def _read(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]
     return [example.content for example in found], [example.content for example in found]
 
 
-def _setting(index: Index) -> Setting:
+def setting_of(index: Index) -> Setting:
     spec, notes = index.spec, index.notes
     return Setting(
         compress=spec["compress"], rows=spec["rows"], layers=notes["layers"], exclude=notes["exclude"],

@@ -84,9 +84,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["index", "model", "./nowhere.jsonl", "-o", "new"], "./nowhere.jsonl: no such file or folder"),
     (["index", "model", "empty", "-o", "new"], "empty: the folder holds no data file"),
     # options
-    ([*INDEX, "--method", "magic"], "--method: expected factgrass, logra, grass or graddot, got 'magic'"),
+    ([*INDEX, "--method", "magic"], "--method: expected factgrass, lorif, logra, grass or graddot, got 'magic'"),
     ([*INDEX, "--compress", "zip:4"], "compressor 'zip:4': stage 'zip:4' is not known"),
-    ([*INDEX, "--rows", "int3"], "--rows: expected dense or dense:BITS"),
+    ([*INDEX, "--rows", "int3"], "rows 'int3': 'int3' is not known; expected dense:BITS, rank:C:BITS"),
     ([*INDEX, "--dtype", "float8"], "--dtype: expected float32, bfloat16 or float16, got 'float8'"),
     ([*INDEX, "--matmul", "fast"], "--matmul: expected highest or medium"),
     ([*INDEX, "--catalog", "none"], "--catalog: expected text or reference"),
@@ -117,8 +117,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["query", "index", "--prompt", "a", "--completion", " "], "--completion: expected the text"),
     ([*QUERY, "--queries", "queries.jsonl"], "not both"),
     ([*QUERY, "--normalize", "l2"], "--normalize: expected none, cosine or relatif"),
-    ([*QUERY, "--damping", "0.1"], "--damping: expected relative:NUMBER or absolute:NUMBER"),
-    ([*QUERY, "--damping", "relative:-1"], "--damping: expected relative:NUMBER"),
+    ([*QUERY, "--damping", "0.1"], "damping: expected relative:NUMBER or absolute:NUMBER"),
+    ([*QUERY, "--damping", "relative:-1"], "damping: expected a finite number of 0 or more, got -1.0"),
     ([*QUERY, "--out", "x.txt"], "--out: expected a file name ending in .parquet or .csv"),
     ([*QUERY, "--out", "nowhere/x.csv"], "--out: the folder of 'nowhere/x.csv' does not exist"),
     ([*QUERY, "--scores", "x.csv"], "--scores: expected a file name ending in .npy"),
@@ -130,7 +130,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["query", "index", *ASK, "--model", "./nowhere"], "./nowhere: no such model"),
     (["query", "nowhere", *ASK], "nowhere: no such index"),
-    (["fit", "index", "--curvature", "kfac"], "--curvature: expected fim or identity"),
+    (["fit", "index", "--curvature", "kfac"], "--curvature: expected fim, lowrank:R, sketch:R or identity, got 'kfac'"),
+    (["self", "index", "--parity", "book"], "--parity: expected paper or release, got 'book'"),
 ]
 
 
@@ -207,7 +208,7 @@ def test_help_names_what_an_option_takes(verb: str, capsys: pytest.CaptureFixtur
     page = " ".join(capsys.readouterr().out.split())
     assert "range>" not in page
     says = {
-        "index": ["MODEL", "DATA", "--rows CODEC float32, float16 or bfloat16", "searched in module names"],
+        "index": ["MODEL", "DATA", "--rows CODEC dense:BITS or rank:C:BITS", "searched in module names"],
         "fit": ["--damping D relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1."],
     }
     assert [part for part in says.get(verb, []) if part not in page] == []
