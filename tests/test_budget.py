@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from influent.coding import encode
 from tiny_model import make_data, make_model
 from torch import nn
 
@@ -10,6 +9,7 @@ import influent
 from influent import preflight
 from influent.budget import Budget
 from influent.codec import Codec
+from influent.coding import encode
 from influent.compress import Compress
 from influent.errors import SpecError
 from influent.layers import plan
