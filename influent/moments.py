@@ -1,7 +1,7 @@
 """Second moments of blocks' gradients over a sample, and the bases that are made of them.
 
-`kfac` takes those of a layer's inputs and of its output gradients, position by position (Martens and Grosse, ICML
-2015); `grads` those of the per-example gradients G, G G^T and G^T G. Either way the product of the two sides estimates
+`grads` takes those of the per-example gradients G, G G^T and G^T G; `kfac` those of a layer's inputs and of its output
+gradients, position by position (Martens and Grosse, ICML 2015). Either way the product of the two sides estimates
 the block's Fisher matrix, so that fully whitened rows have about unit variance in every block. A vector block has one
 moment, of its gradient. Not here: the sample (bases.py), and how a basis is used (maps.py).
 """

@@ -75,9 +75,9 @@ def test_spaces_around_bars_are_free(factored, flat, bar):
         ("rademacher:/16|rotate", "rademacher:/16 | rotate"),
         ("sjlt:/16,s=2", "sjlt:/16,s=2"),
         ("pca:8x4", "pca:8x4"),
-        ("pca:/16,grads", "pca:/16,grads"),
-        ("whiten:8x4,kfac,p=0.5|rotate", "whiten:8x4 | rotate"),
-        ("whiten:8x4,grads,p=0.25 | mask:9", "whiten:8x4,p=0.25,grads | mask:9"),
+        ("pca:/16,grads", "pca:/16"),
+        ("whiten:8x4,kfac,p=0.5|rotate", "whiten:8x4,kfac | rotate"),
+        ("whiten:8x4,kfac,p=0.25 | mask:9", "whiten:8x4,p=0.25,kfac | mask:9"),
     ],
 )
 def test_canonical_text(text, canonical):
