@@ -3,6 +3,7 @@
 The pipeline, stage by stage (each talks to the next only through a directory on disk):
 
     index(model, data, out)     one compressed gradient per training example, by hooks, in one pass
+    append(out, data)           more rows beside them, without touching those that are there
     fit(out)                    the curvature of the stored rows
     query(out, prompt=…, …)     gradients of a query, preconditioned, against every row
     self_influence(out)         outliers, wrong labels and planted rows first
@@ -15,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from influent.appending import append as append
     from influent.compress import Compress as Compress
     from influent.curvature import Damping as Damping
     from influent.methods import METHODS as METHODS
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
+    "appending": ("append",),
     "querying": ("query",),
     "rowstore": ("Index",),
     "task": ("CausalLM", "Classification", "Task"),
