@@ -19,9 +19,10 @@ from .truncate import truncate
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block held at once: 2 MiB of float32, which the matrix product finds in cache
 LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
-# Nanoseconds, up to a common factor, of a product in each kernel and of a number of a row that is formed; from
-# benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding.
-BETWEEN, WHOLE, CUT, FORM = 0.7, 0.6, 1.0, 12.0
+# Costs, up to a common factor, of a product in each kernel and of a number of a row that is formed; from
+# benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
+# pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
+BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 
 Scores = Float[Tensor, "Q n"]
 
