@@ -1,0 +1,217 @@
+"""From the scores that frontier.py saved: LDS with intervals, comparisons at equal bytes and at equal width, a plot.
+
+A setting's damping is the best on a tenth of the queries; what is reported comes from the other queries. Values of
+several seeds are averaged query by query. Intervals are of the mean over the queries, 95 %, by resampling queries;
+those of a comparison resample the differences.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import save
+from lds import Truth, interval, spearman
+
+DEFAULT = "0.1"
+RULE = "rank:side/8:int4"
+EXACT = ("id", "float32", None)
+Name = tuple[str, str, int | None]  # projection, codec, budget
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One setting with one seed: its facts and, by damping, the LDS of each query."""
+
+    entry: dict[str, Any]
+    facts: dict[str, Any]
+    path: Path
+    lds: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> Name:
+        return self.entry["projection"], self.entry["codec"], self.entry["budget"]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One setting, its seeds averaged: the LDS of each query that was not used to choose the damping."""
+
+    runs: list[Measured]
+    dampings: list[str]
+    tuned: np.ndarray
+    default: np.ndarray
+    by_seed: list[float]
+
+    def row(self) -> dict[str, Any]:
+        first = self.runs[0]
+        return {
+            **{key: first.entry[key] for key in ("projection", "codec", "compress", "rows", "budget")},
+            "bytes": first.facts.get("bytes"),
+            "captured": first.facts.get("captured"),
+            **summary(self.tuned),
+            "damping": self.dampings[0] if len(set(self.dampings)) == 1 else self.dampings,
+            "lds at relative:0.1": round(float(self.default.mean()), 4),
+            "by seed": [round(each, 4) for each in self.by_seed],
+        }
+
+
+def summary(values: np.ndarray) -> dict[str, Any]:
+    low, high = interval(values)
+    return {"lds": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def read(folder: Path, truth: Truth) -> list[Measured]:
+    found = []
+    for path in sorted((folder / "scores").glob("*.npz")):
+        held = np.load(path)
+        facts = json.loads(str(held["facts"]))
+        lds = {damping: truth.lds(held[damping]) for damping in held.files if damping != "facts"}
+        found.append(Measured(facts.pop("entry"), facts, path, lds))
+    return found
+
+
+def results(measured: Sequence[Measured]) -> dict[Name, Result]:
+    """Settings by name, those compared at one width (which have no budget) left out."""
+    grouped: dict[Name, list[Measured]] = defaultdict(list)
+    for each in sorted(measured, key=lambda each: each.entry["seed"]):
+        if each.entry["budget"] is not None or each.entry["compress"] in ("id", "none"):
+            grouped[each.name].append(each)
+    return {name: combine(runs) for name, runs in grouped.items()}
+
+
+def combine(runs: list[Measured]) -> Result:
+    num_queries = len(next(iter(runs[0].lds.values())))
+    order = np.random.default_rng(0).permutation(num_queries)
+    chosen, rest = order[: num_queries // 10], order[num_queries // 10 :]
+    dampings = [max(run.lds, key=lambda damping, run=run: run.lds[damping][chosen].mean()) for run in runs]
+    tuned = [run.lds[damping][rest] for run, damping in zip(runs, dampings, strict=True)]
+    default = [run.lds.get(DEFAULT, next(iter(run.lds.values())))[rest] for run in runs]
+    by_seed = [float(values.mean()) for values in tuned]
+    return Result(runs, dampings, np.mean(tuned, axis=0), np.mean(default, axis=0), by_seed)
+
+
+def compare(found: Mapping[Name, Result], ours: Name, theirs: Name) -> dict[str, Any] | None:
+    """The difference in LDS, paired by query."""
+    if ours not in found or theirs not in found:
+        return None
+    a, b = found[ours], found[theirs]
+    less = summary(a.tuned - b.tuned)
+    return {
+        "budget": ours[2],
+        "ours": f"{ours[0]} {ours[1]}",
+        "theirs": f"{theirs[0]} {theirs[1]}",
+        "lds": [round(float(a.tuned.mean()), 4), round(float(b.tuned.mean()), 4)],
+        "difference": less["lds"],
+        "low": less["low"],
+        "high": less["high"],
+        "difference at relative:0.1": round(float((a.default - b.default).mean()), 4),
+        "bytes": [a.runs[0].facts["bytes"], b.runs[0].facts["bytes"]],
+    }
+
+
+def comparisons(found: Mapping[Name, Result]) -> list[dict[str, Any]]:
+    out = []
+    for budget in sorted({name[2] for name in found if name[2] is not None}):
+        for projection in ("whiten 1/2", "gauss"):
+            ours = (projection, RULE, budget)
+            rivals = [("gauss", "bf16", budget), ("factgrass", "bf16", budget), EXACT]
+            out += [row for theirs in rivals if (row := compare(found, ours, theirs))]
+    return out
+
+
+def same_width(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Rows of rank c beside dense rows of the same maps: LDS, and agreement of the scores row by row."""
+    out = []
+    runs = {(e.entry["compress"], e.entry["rows"]): e for e in measured if e.entry["budget"] is None}
+    for (compress, rows), each in runs.items():
+        dense = runs.get((compress, "bfloat16"))
+        if dense is None or compress in ("id", "none"):
+            continue
+        agreement = spearman(np.load(each.path)[DEFAULT], np.load(dense.path)[DEFAULT])
+        ours, theirs = combine([each]), combine([dense])
+        out.append(
+            {
+                "compress": compress,
+                "rows": rows,
+                "bytes": each.facts["bytes"],
+                "captured": each.facts["captured"],
+                "agreement": round(float(agreement.mean()), 4),
+                **summary(ours.tuned),
+                "less dense": summary(ours.tuned - theirs.tuned),
+            }
+        )
+    return sorted(out, key=lambda row: (row["compress"], row["bytes"]))
+
+
+def write(work: Path) -> None:
+    """results/frontier.json and docs/frontier.png, of the models whose ground truth is in `work`."""
+    document, panels = {}, {}
+    for folder in sorted(path.parent for path in work.glob("*/truth.npz")):
+        truth = Truth.load(folder)
+        measured = read(folder, truth)
+        if not measured:
+            continue
+        found = panels[folder.name] = results(measured)
+        document[folder.name] = {
+            "subsets": len(truth.used),
+            "seeds": truth.by_seed.shape[1],
+            "queries": truth.gain.shape[1],
+            "rank correlation of two seeds": round(truth.reliability(), 4),
+            "comparisons": comparisons(found),
+            "one width": same_width(measured),
+            "settings": sorted(
+                (each.row() for each in found.values()), key=lambda row: (row["budget"] or 0, -row["lds"])
+            ),
+        }
+    save("frontier", document)
+    plot(panels, Path(__file__).parent.parent / "docs" / "frontier.png")
+
+
+LINES = (
+    ("whiten 1/2", RULE, "whitened, rank side/8, int4", "C3", "o-"),
+    ("whiten 1/2", "bf16", "whitened, dense bf16", "C1", "s--"),
+    ("gauss", RULE, "random, rank side/8, int4", "C0", "o-"),
+    ("gauss", "bf16", "LoGRA: random, dense bf16", "C0", "s--"),
+    ("factgrass", "bf16", "FactGraSS, bf16", "C2", "s--"),
+)
+TITLES = {"llama": "Llama, BBC news", "gpt2": "GPT-2, State of the Union"}
+
+
+def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
+    """LDS against bytes of a row; the exact Fisher matrix of uncompressed gradients as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    for axis, (model, found) in zip(axes[0], panels.items(), strict=True):
+        for projection, codec, label, color, style in LINES:
+            points = sorted(
+                (each.runs[0].facts["bytes"], *summary(each.tuned).values())
+                for name, each in found.items()
+                if name[:2] == (projection, codec) and name[2] is not None
+            )
+            if points:
+                size, mean, low, high = np.array(points).T
+                axis.plot(size / 1e3, mean, style, color=color, label=label, markersize=5)
+                axis.fill_between(size / 1e3, low, high, color=color, alpha=0.08, linewidth=0)
+        for name, label, style in (
+            (EXACT, "exact Fisher, {:,.0f} KB", "--"),
+            (("graddot", "none", None), "GradDot", ":"),
+        ):
+            if name in found:
+                size = found[name].runs[0].facts.get("bytes", 0) / 1e3
+                axis.axhline(
+                    found[name].tuned.mean(), color="0.3", linestyle=style, linewidth=1, label=label.format(size)
+                )
+        axis.set(xscale="log", xlabel="KB a row on disk", title=TITLES.get(model, model))
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("LDS")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
