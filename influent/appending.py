@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from influent import catalog, rowstore
+from influent import catalog
 from influent.attach import Run, attach, check_same
 from influent.examples import ids_and_hashes
 from influent.filling import fill_pending
+from influent.methods import info
 from influent.progress import Progress
 from influent.querying import model_of, setting_of
 from influent.rowstore import Index
@@ -53,7 +54,7 @@ def append(
         hashes = [content for _, content in ids_and_hashes(data)]
     listed = catalog.extend(data, opened.store, parts=parts, hashes=hashes, progress=progress)
     if len(listed.parts) == parts:
-        return rowstore.info(opened)
+        return info(index)
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     with attach(model_of(model, opened), task, setting_of(opened), run, index=opened.store) as attached:
         check_same(opened, attached)
@@ -62,4 +63,4 @@ def append(
         facts = {name: value for name, value in opened.summary.items() if name not in ("rows", "bytes", "split")}
         part = listed.parts[-1]
         writer.commit({**facts, "skipped": listed.skipped}, files=[part.record_name, part.name])
-    return rowstore.info(Index.open(index))
+    return info(index)

@@ -132,6 +132,34 @@ def index(
 
 
 @app.command()
+def append(
+    index: IndexPath,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="More rows like those of the index, with new ids.")],
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
+    token_budget: TokenBudget = 4096,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")
+    ] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Add rows to an index.
+
+    The rows that are there are not touched; the same command again resumes an interrupted one.
+    """
+    preflight.data(data)
+    preflight.same_model(preflight.index(index), model)
+    with _progress() as progress:
+        document = influent.append(
+            index, data, model=model, token_budget=token_budget, skip_nonfinite=skip_nonfinite, device=device,
+            progress=progress,
+        )  # fmt: skip
+    from influent.report import print_info
+
+    _print(document, print_info, json=json)
+
+
+@app.command()
 def fit(
     index: IndexPath,
     curvature: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def print_info(doc: Doc, console: Console) -> None:
         ("rows", f"{doc['rows']:,}"),
         ("layers", f"{doc['layers']:,}{_coverage(doc)}"),
         ("compressor", doc["compress"]),
-        ("stored as", f"{doc['codec']} {doc['dtype']}"),
+        ("stored as", _stored(doc)),
         ("size", f"{_bytes(doc['bytes'])}, {_bytes(doc['bytes_per_row'])} per row"),
         ("skipped", ", ".join(f"{n:,} {why}" for why, n in doc["skipped"].items()) or "nothing"),
         ("digest", doc["digest"]),
@@ -86,6 +87,39 @@ def print_info(doc: Doc, console: Console) -> None:
         table.add_row("" if number else "curvatures", _plain(_curvature(fitted)))
     if not doc["curvatures"]:
         table.add_row("curvatures", "none fitted yet: `influent fit`, or the first `influent query`, makes one")
+    console.print(table)
+    for fitted in doc["curvatures"]:
+        if fitted.get("health") and not fitted.get("stale"):
+            _spectrum(console, fitted, (doc.get("captured") or {}).get("blocks", {}))
+
+
+def _spectrum(console: Console, fitted: Doc, energy: Doc) -> None:
+    """The health of one fit, layers of one name together: medians, of eigenvalues as shares of the trace."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    kinds: dict[str, list[tuple[Doc, Doc]]] = {}
+    for name, block in fitted["health"].items():
+        kinds.setdefault(name.rpartition(".")[2], []).append((block, energy.get(name, {})))
+    console.print()
+    _line(console, f"Health of {fitted.get('name')}: medians over the layers of each name", style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("layer", "count", "lambda", "d_eff", "eigenvalues, % of trace", "kept %", "row energy %")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for kind, blocks in kinds.items():
+        top = [[100 * value / b["trace"] for value in b["top"]] for b, _ in blocks if b.get("top") and b.get("trace")]
+        shares = ", ".join(
+            f"{statistics.median([t[i] for t in top]):.2g}" for i in range(min(map(len, top), default=0))
+        )
+        kept = [100 * b["captured"] for b, _ in blocks if b.get("captured") is not None]
+        energies = [100 * e["mean"] for _, e in blocks if e]
+        table.add_row(
+            _plain(kind), str(len(blocks)), f"{statistics.median([b['lambda'] for b, _ in blocks]):.3g}",
+            f"{statistics.median([b['d_eff'] for b, _ in blocks]):.3g}", shares or "-",
+            f"{statistics.median(kept):.0f}" if kept else "-",
+            f"{statistics.median(energies):.0f}" if energies else "-",
+        )  # fmt: skip
     console.print(table)
 
 
@@ -257,9 +291,21 @@ def _curvature(fitted: Doc) -> str:
     name = str(fitted.get("name") or fitted.get("curvature"))
     dampened = fitted.get("damping") and str(fitted["damping"]) not in name
     health = fitted.get("health")
-    return f"{name}{', damping ' + str(fitted['damping']) if dampened else ''}" + (
+    stale = f" (stale: has seen {100 * fitted['seen']:.0f} % of the rows)" if fitted.get("stale") else ""
+    return f"{name}{', damping ' + str(fitted['damping']) if dampened else ''}{stale}" + (
         f": {_health(health)}" if health else ""
     )
+
+
+def _stored(doc: Doc) -> str:
+    """The row codec, and what a rank cut kept of the rows' energy."""
+    codec = f"dense {doc['dtype']}" if doc["codec"] == "dense" else doc["codec"]
+    captured = doc.get("captured")
+    if captured is None:
+        return codec
+    least = min(captured["blocks"].items(), key=lambda item: item[1]["mean"])
+    kept = f"{100 * captured['mean']:.0f} % of the rows' energy kept, least in {least[0]}"
+    return f"{codec}, {kept} ({100 * least[1]['mean']:.0f} %)"
 
 
 def _coverage(doc: Doc) -> str:
