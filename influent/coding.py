@@ -132,7 +132,7 @@ def _signs() -> Float[Tensor, "256 8"]:
 
 def _quantise(sides: list[Tensor], sigma: Tensor | None, bits: str, key: str) -> tuple[list[Tensor], Tensor]:
     """Packed codes of each side [..., L] and their common scale [...] bfloat16, of sigma * side (x) side."""
-    exact = torch.ones(sides[0].shape[:-1], dtype=torch.float64) if sigma is None else sigma.double()
+    exact = sides[0].new_ones(sides[0].shape[:-1], dtype=torch.float64) if sigma is None else sigma.double()
     packed = []
     for side in sides:
         # As few rows at a time as the cache holds: five times as fast.
