@@ -13,6 +13,7 @@ from oracle_gradients import weight_gradients
 from test_extract import MODELS, build, losses_of
 from tiny_model import make_data, make_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import influent
 from influent import attach, bases, moments, sides
@@ -135,7 +136,7 @@ def test_a_shared_layer_under_checkpointing_has_no_gradient_moments():
         def forward(self, x):
             x = x.clone().requires_grad_()
             for _ in range(2):
-                x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True)
+                x = checkpoint(self.layer, x, use_reentrant=True)
             return x
 
     model, x = Shared().double(), torch.randn(4, 7, 6).double()
@@ -257,7 +258,7 @@ def test_scores_are_those_of_the_dense_oracle(place):
     setting = attach.Setting(compress="id", max_length=512)
     with attach.attach(str(place / "model"), None, setting, attach.Run()) as made:
         asked = made.collector.collect([PROMPT], name=str, query=True).rows
-    total = 0
+    total = torch.zeros(1, 16, dtype=torch.float64)
     for block in Index.open(full).spec["layout"]:
         name, held = block["block"], stored.tensors(block["block"])
         kron = torch.kron(held["in"].double(), held["out"].double())
@@ -286,7 +287,7 @@ def test_influence_does_not_depend_on_a_full_size_whitening(tmp_path):
     """(W F W^T)^-1 undoes W: with hardly any damping the scores are those of uncompressed gradients."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    data = list(torch.utils.data.TensorDataset(torch.randn(200, 4) * torch.arange(1, 5), torch.randn(200, 3)))
+    data = list(zip(torch.randn(200, 4) * torch.arange(1, 5), torch.randn(200, 3), strict=True))
     found = []
     for text in ("id", "whiten:9x9", "whiten:9x9,p=0.25,kfac | rotate"):
         out = str(tmp_path / text[:10])
@@ -367,8 +368,9 @@ def copied(place, name):
 
 def test_another_model_is_refused(place):
     out = make_index(place, "guarded", "whiten:4x4")
-    for name, options in (("other", {"seed": 1}), ("wide", {"width": 32})):
-        make_model(place / name, **options)
+    make_model(place / "other", seed=1)
+    make_model(place / "wide", width=32)
+    for name in ("other", "wide"):
         with pytest.raises(MismatchError, match="another model: expected weights blake2b.*give --model"):
             influent.query(out, queries=[PROMPT], model=str(place / name))
 
