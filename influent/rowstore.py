@@ -58,7 +58,9 @@ class Shard:
         layout = self._index.layout
         if layout.is_plain:
             return self._read(key, layout.codec.bits, (len(self), layout.widths[key]))
-        return self.grads(key).flat().float()
+        import torch
+
+        return self.grads(key).to(torch.float32).flat()
 
     @property
     def captured(self) -> torch.Tensor | None:

@@ -5,6 +5,9 @@ import hashlib
 import torch
 
 from influent import catalog
+from influent.codec import Codec
+from influent.coding import encode
+from influent.layout import with_factors
 from influent.rowwriter import Chunk, IndexWriter
 from influent.storage import Store
 
@@ -22,12 +25,18 @@ def write_catalog(store: Store, n: int) -> str:
     return catalog.build_from_ids(ids, hashes, store, texts=ids).digest
 
 
+def layout_of(rows: str) -> list[dict]:
+    """LAYOUT with the factors of its matrices, where the codec asks for them."""
+    codec = Codec.parse(rows)
+    return [with_factors(b, codec, None if b["kind"] == "norm" else (b["in"], b["out"])) for b in LAYOUT]
+
+
 def spec(data: str, *, rows: str = "float32", seed: int = 0) -> dict:
     return {
         "model": {"fingerprint": "blake2b-256:" + "ab" * 32},
         "data": data,
         "task": {"name": "causal-lm", "max_length": 512},
-        "layout": LAYOUT,
+        "layout": layout_of(rows),
         "compress": "id",
         "seed": seed,
         "rng": 1,
@@ -47,7 +56,14 @@ def write_chunk(writer: IndexWriter, chunk: Chunk) -> None:
     rows = {key: rows_of(key, width, chunk.lo, chunk.hi) for key, width in writer.widths.items()}
     skipped = {"no target tokens": [chunk.lo]} if chunk.lo else {}
     dtype = writer.spec["rows"]
-    writer.write(chunk, rows, loss=ids / 7, norm=ids + 1, tokens=ids + 5, dtype=dtype, skipped=skipped)
+    captured = None
+    if not writer.layout.is_plain:
+        coded = [encode(writer.layout.codec, x, writer.layout.factors[key], key=key) for key, x in rows.items()]
+        rows = {name: tensor for one in coded for name, tensor in one.tensors.items()}
+        captured = torch.stack([one.captured for one in coded], 1) if writer.layout.has_captured else None
+    writer.write(
+        chunk, rows, loss=ids / 7, norm=ids + 1, tokens=ids + 5, dtype=dtype, skipped=skipped, captured=captured
+    )
 
 
 def make_index(store: Store, n: int = 10, *, shard_rows: int = 4, rows: str = "float32", seed: int = 0) -> IndexWriter:
