@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from influent.damping import DEFAULT, Damping, Published
+from influent.damping import DEFAULT, LOW_RANK, Damping, Published
 from influent.errors import SpecError
 from influent.progress import Progress
 from influent.rowstore import Index
@@ -72,7 +72,9 @@ def check_curvature(
         return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
     if wanted is not None:
-        return Choice(_basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping))
+        return Choice(
+            _basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping, LOW_RANK)
+        )
     kind, _, written = name.partition(":")
     if kind != "fim":
         known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", *curvatures.list_fitted(index)])
@@ -123,14 +125,14 @@ def _rule(parity: str | None, damping: str | None) -> Published | None:
 
 
 def _agreed(
-    name: str, own: Damping | Published | None, rule: Published | None, damping: str | None
+    name: str, own: Damping | Published | None, rule: Published | None, damping: str | None, default: Damping
 ) -> Damping | Published:
-    """The one damping that the name, the parity and the damping speak of; the default if none does."""
+    """The one damping that the name, the parity and the damping speak of; `default` if none does."""
     asked = rule if damping is None else Damping.parse(damping)
     if own is not None and asked is not None and own != asked:
         what = f"damping {damping!r}" if rule is None else f"parity {str(rule)!r}"
         raise SpecError(f"curvature {name!r} and {what} differ: give one of the two")
-    return own or asked or DEFAULT
+    return own or asked or default
 
 
 def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
 
 
 def check_fit(name: str, damping: str | None) -> Choice:
-    """What `influent fit` is asked for, from a name with or without a damping; by default relative:0.1.
+    """What `influent fit` is asked for, from a name with or without a damping (by default 0.1, or 1 of low rank).
 
     Raises SpecError for a damping that identity cannot take, or a name and a damping that differ.
     """
@@ -156,10 +158,10 @@ def check_fit(name: str, damping: str | None) -> Choice:
         return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
     if wanted is not None:
-        return Choice(wanted.basis, _agreed(name, wanted.damping if has_own else None, None, damping))
+        return Choice(wanted.basis, _agreed(name, wanted.damping if has_own else None, None, damping, LOW_RANK))
     kind, _, written = name.partition(":")
     own = Damping.parse(written) if written else None
-    return Choice(kind, _agreed(name, own, None, damping))
+    return Choice(kind, _agreed(name, own, None, damping, DEFAULT))
 
 
 def _none(damping: str | None) -> None:

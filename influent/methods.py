@@ -167,10 +167,10 @@ def fit(
     """Fit a curvature to an index. The costly part, Gram matrices or eigenvectors, is shared by all dampings.
 
     Args:
-        curvature: `fim` (the block-diagonal empirical Fisher matrix), `lowrank:256` (its leading eigenvectors),
-            `sketch:256` (the same from one pass, and from the new rows alone once rows are appended) or `identity`.
+        curvature: `fim` (the block-diagonal empirical Fisher matrix), `lowrank:512` (its leading eigenvectors),
+            `sketch:512` (the same from one pass, and from the new rows alone once rows are appended) or `identity`.
             By default the method's own, or fim if that is identity.
-        damping: `relative:0.1` of each block's mean eigenvalue (the default), or `absolute:1e-3`.
+        damping: `relative:0.1` of each block's mean eigenvalue (the default; 1 of low rank), or `absolute:1e-3`.
         memory: MiB for the rows that are held at a time; 256 by default. Results do not depend on it.
 
     Returns:

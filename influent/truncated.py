@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .artifact import Artifact, digest, kind_of
-from .damping import DEFAULT, PUBLISHED, Damping, Published
+from .damping import LOW_RANK, PUBLISHED, Damping, Published
 from .errors import SpecError
 from .fitting import Compute, Health, Solver, block_rows, write_blocks
 from .gram import MEMORY, BlockRows, RowSource, Vanishing
@@ -30,15 +30,15 @@ from .lowrank import (
 from .progress import Progress
 
 FORMS = ("lowrank", "sketch")
-RANK = 256
+RANK = 512
 REFERENCE = Damping("relative", 1e-3)  # the least damping that the stored precision is chosen for
 ROUNDING = 1e-9  # a share of the trace that is left out only by rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """`lowrank:256`, `sketch:256`, `lowrank:256@900` (fitted when there were 900 rows), each with or without a damping
-    or published rule behind another colon; without a rank, `rank` is None and stands for the only one, or 256."""
+    """`lowrank:512`, `sketch:512`, `lowrank:512@900` (fitted when there were 900 rows), each with or without a damping
+    or published rule behind another colon; without a rank, `rank` is None and stands for the only one, or 512."""
 
     form: str
     rank: int | None
@@ -70,9 +70,9 @@ def split_name(text: str) -> tuple[Name | None, bool]:
         if not (part.isascii() and part.isdecimal() and int(part) > 0):
             raise SpecError(
                 f"curvature {text!r}: expected {form}:RANK, {form}:RANK@ROWS, or either and a damping, as in "
-                f"{form}:256:relative:0.1"
+                f"{form}:512:relative:0.1"
             )
-    wanted = DEFAULT if not amount else Published(amount) if amount in PUBLISHED else Damping.parse(amount)
+    wanted = LOW_RANK if not amount else Published(amount) if amount in PUBLISHED else Damping.parse(amount)
     return Name(form, int(rank) if rank else None, int(rows) if at else None, wanted), bool(amount)
 
 

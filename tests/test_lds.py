@@ -98,10 +98,12 @@ def net() -> nn.Module:
     return model
 
 
-def scores(folder: Any, compress: str, curvature: str | None = None, damping: str | None = None) -> np.ndarray:
+def scores(
+    folder: Any, compress: str, curvature: str | None = None, damping: str | None = None, rows: str = "float32"
+) -> np.ndarray:
     x, y, query_x, query_y, _ = data()
     out, path, task = str(folder / "index"), str(folder / "scores.npy"), Classification()
-    influent.index(net(), list(zip(x, y.tolist(), strict=True)), out, compress=compress, task=task)
+    influent.index(net(), list(zip(x, y.tolist(), strict=True)), out, compress=compress, rows=rows, task=task)
     asked = list(zip(query_x, query_y.tolist(), strict=True))
     influent.query(out, queries=asked, model=net(), task=task, scores=path, curvature=curvature, damping=damping)
     return np.load(path)
@@ -117,10 +119,12 @@ def lds(found: np.ndarray) -> float:
 def test_influence_predicts_retraining_on_halves_better_than_gradient_products_and_chance(tmp_path):
     influence = scores(tmp_path / "id", "id")  # FIM, relative:0.1: the default
     compressed = scores(tmp_path / "factgrass", "mask:16x16 | sjlt:128")
+    lorif = scores(tmp_path / "lorif", "whiten:16x16", curvature="lowrank:64", rows="rank:2:int4")
     products = scores(tmp_path / "products", "id", curvature="identity")
     chance = np.random.default_rng(0).standard_normal(influence.shape)
     found = {
-        "influence": lds(influence), "factgrass": lds(compressed), "graddot": lds(products), "random": lds(chance)
+        "influence": lds(influence), "factgrass": lds(compressed), "lorif": lds(lorif), "graddot": lds(products),
+        "random": lds(chance),
     }  # fmt: skip
     assert found["influence"] > 0.6, found  # .70 when this was written
     assert found["factgrass"] > 0.5, found  # .65, at 128 numbers for each of two layers of 840 and 164

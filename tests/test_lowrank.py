@@ -403,13 +403,13 @@ def test_a_fit_to_earlier_rows_is_stale_and_asked_for_by_name(tmp_path, monkeypa
 
 def test_names(tmp_path):
     index = write_index(tmp_path / "index", random_rows(12, {"a": 8}))
-    assert fit(index, curvature="lowrank", damping=DEFAULT).name == "lowrank:256:relative:0.1"
-    assert list_fitted(index) == ["lowrank:256"]
-    assert find(index, "lowrank").name == find(index, "lowrank:256").name == "lowrank:256:relative:0.1"
-    assert find(index, "lowrank:256:absolute:2").name == "lowrank:256:absolute:2"
-    assert find(index, "lowrank:relative:0.5").name == "lowrank:256:relative:0.5"
+    assert fit(index, curvature="lowrank", damping=DEFAULT).name == "lowrank:512:relative:0.1"
+    assert list_fitted(index) == ["lowrank:512"]
+    assert find(index, "lowrank").name == find(index, "lowrank:512").name == "lowrank:512:relative:1"
+    assert find(index, "lowrank:512:absolute:2").name == "lowrank:512:absolute:2"
+    assert find(index, "lowrank:relative:0.5").name == "lowrank:512:relative:0.5"
     fit(index, curvature="lowrank:4", damping=DEFAULT)
-    with pytest.raises(SpecError, match="'lowrank': more than one is fitted: give .* of lowrank:256, lowrank:4, ident"):
+    with pytest.raises(SpecError, match="'lowrank': more than one is fitted: give .* of lowrank:4, lowrank:512, ident"):
         find(index, "lowrank")
     for wrong in ("lowrank:", "lowrank:x", "lowrank:0", "lowrank:-1", "lowrank:4@", "sketch:4@0", "lowrank:4:much"):
         with pytest.raises(InfluentError):

@@ -1,0 +1,96 @@
+"""LoRIF as a user meets it: a row of the method table, from the index to the answer."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_model import FACTS, make_data, make_model
+
+import influent
+from influent.cli import run
+from influent.errors import SpecError
+from influent.rowstore import Index
+
+ASK = {"prompt": "The money of Japan is called", "completion": " yen"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lorif")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl")
+    made = influent.index(
+        str(folder / "model"), str(folder / "data.jsonl"), str(folder / "index"), method="lorif", compress="whiten:8x8"
+    )
+    assert made["codec"] == "rank:8:int4"
+    return folder
+
+
+def test_the_name_of_the_method_is_enough(place):
+    found = influent.query(str(place / "index"), **ASK, k=2)
+    assert {row["id"] for row in found["queries"][0]["top"]} == {"japan", "japan/text"}
+    assert found["method"]["curvature"] == "lowrank:512:relative:1"
+
+
+def test_row_bytes_size_bases_and_rank_together(place, tmp_path):
+    out = str(tmp_path / "index")
+    influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=1500)
+    opened = Index.open(out)
+    side = int(opened.spec["compress"].partition("x")[2])
+    assert (opened.spec["compress"], str(opened.codec)) == (f"whiten:{side}x{side}", f"rank:{side // 8}:int4")
+    assert 1000 < opened.layout.row_bytes <= 1500  # one side more is a step of rank, too
+    top = influent.query(out, **ASK, k=2)["queries"][0]["top"]
+    assert "japan" in {row["id"] for row in top}
+
+
+def scores(index, path, **options) -> np.ndarray:
+    queries = [{"prompt": prompt, "completion": f" {answer}."} for _, prompt, answer in FACTS]
+    influent.query(str(index), queries=queries, scores=str(path), **options)
+    return np.load(path)
+
+
+def test_a_query_rank_that_cuts_nothing_changes_nothing(place, tmp_path):
+    index = tmp_path / "index"
+    influent.index(
+        str(place / "model"), str(place / "data.jsonl"), str(index), compress="rademacher:8x8", rows="rank:2:float32"
+    )
+    whole = scores(index, tmp_path / "a.npy")
+    np.testing.assert_allclose(scores(index, tmp_path / "b.npy", query_rank=8), whole, rtol=1e-4, atol=1e-4)
+    cut = scores(index, tmp_path / "c.npy", query_rank=2)
+    assert not np.allclose(cut, whole, rtol=1e-3)
+    assert np.corrcoef(cut.ravel(), whole.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("rule", ["paper", "release"])
+def test_the_published_rules_answer_too(place, tmp_path, rule):
+    found = scores(place / "index", tmp_path / "s.npy", parity=rule, curvature="lowrank:4")
+    own = scores(place / "index", tmp_path / "o.npy", curvature="lowrank:4")
+    assert np.isfinite(found).all() and not np.allclose(found, own, rtol=1e-2)
+    assert (found.argmax(1) == own.argmax(1)).mean() > 0.7
+    with pytest.raises(SpecError, match="parity"):
+        influent.query(str(place / "index"), **ASK, parity=rule, damping="relative:0.1")
+    with pytest.raises(SpecError, match="low-rank"):
+        influent.query(str(place / "index"), **ASK, parity=rule, curvature="fim")
+
+
+def test_append_on_the_command_line(place, tmp_path, capsys):
+    index, more = str(tmp_path / "index"), tmp_path / "more.jsonl"
+    command = ["index", str(place / "model"), str(place / "data.jsonl"), "-o", index, "--method", "lorif"]
+    assert run([*command, "--compress", "whiten:8x8", "--rows", "rank:1:int8"]) == 0
+    assert run(["fit", index, "--curvature", "sketch:8"]) == 0
+    assert run(["fit", index, "--curvature", "lowrank:8"]) == 0
+    more.write_text(json.dumps({"id": "new", "prompt": "The money of Togo is called", "completion": " franc."}) + "\n")
+    capsys.readouterr()
+    assert run(["append", index, str(more), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["rows"] == 17
+    stale = {fitted["name"]: fitted["seen"] for fitted in made["curvatures"] if fitted["stale"]}
+    assert stale == {"lowrank:8@16": 16 / 17, "sketch:8@16": 16 / 17}
+    assert run(["fit", index, "--curvature", "sketch:8"]) == 0
+    ask = ["--prompt", "The money of Togo is called", "--completion", " franc.", "-k", "1", "--json"]
+    capsys.readouterr()
+    assert run(["query", index, *ask, "--curvature", "sketch:8"]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"][0]["top"][0]["id"] == "new"
+    assert run(["verify", index]) == 0
+    assert run(["append", index, str(place / "data.jsonl")]) == 2
+    assert "malawi" in capsys.readouterr().err
