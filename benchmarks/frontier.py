@@ -30,20 +30,21 @@ from influent.compress import Compress
 from influent.errors import SpecError
 
 BUDGETS = (10_800, 2_700, 700, 43_200)  # bytes of a row; LoGRA's 16, 8, 4 and 32 a side in bfloat16 over 21 layers
-MIDDLE = BUDGETS[:2]
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+MIDDLE, SMALL = BUDGETS[:2], BUDGETS[:3]
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SEEDS = (0, 1, 2)
 PROJECTIONS = {
     "gauss": "gauss:{0}x{0}",
     "rademacher": "rademacher:{0}x{0}",
     "mask": "mask:{0}x{0}",
     "sjlt": "sjlt:{0}x{0}",
+    # Gradient moments are the default of learned bases (as of 2026-11-22 07:13); the activations' are the other kind.
     "pca": "pca:{0}x{0}",
-    "pca, grads": "pca:{0}x{0},grads",
+    "pca, kfac": "pca:{0}x{0},kfac",
     "whiten 1/4": "whiten:{0}x{0},p=0.25",
-    "whiten 1/4, grads": "whiten:{0}x{0},p=0.25,grads",
+    "whiten 1/4, kfac": "whiten:{0}x{0},p=0.25,kfac",
     "whiten 1/2": "whiten:{0}x{0}",
-    "whiten 1/2, grads": "whiten:{0}x{0},grads",
+    "whiten 1/2, kfac": "whiten:{0}x{0},kfac",
 }
 RULE = "rank:side/8:int4"
 INT4 = ("rank:1:int4", "rank:2:int4", "rank:4:int4", "rank:8:int4", "rank:16:int4")
@@ -55,22 +56,23 @@ LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
     (("whiten 1/2",), (RULE,), (0,), BUDGETS),
-    (("gauss", "whiten 1/2, grads", "whiten 1/4", "pca"), (RULE,), (0,), MIDDLE),
-    (("whiten 1/2",), ("bf16", *INT4, "dense:int4", "dense:sign"), (0,), MIDDLE),
+    (("whiten 1/2",), ("rank:1:int4", "rank:2:int4", "dense:int4", "dense:sign"), (0,), SMALL),
+    (("gauss", "whiten 1/2, kfac", "whiten 1/4", "pca"), (RULE,), (0,), MIDDLE),
+    (("whiten 1/2",), ("bf16", "rank:4:int4", "rank:8:int4", "rank:16:int4", "rank:8:sign"), (0,), MIDDLE),
     (("gauss",), FLOAT, (0,), MIDDLE),
     (("mask", "sjlt"), (RULE, "rank:4:bf16", "bf16"), (0,), MIDDLE),
-    (("gauss", "factgrass"), ("bf16",), (1, 2), BUDGETS),
-    (("whiten 1/2",), (RULE,), (1, 2), BUDGETS),
+    (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
+    (("whiten 1/2",), (RULE,), (1, 2), SMALL),
     (("gauss",), (*INT4, *OTHER), (0,), MIDDLE),
     (("whiten 1/2",), (*FLOAT, *OTHER), (0,), MIDDLE),
-    (("whiten 1/4, grads", "pca, grads", "rademacher"), (RULE,), (0,), MIDDLE),
+    (("whiten 1/4, kfac", "pca, kfac", "rademacher"), (RULE,), (0,), MIDDLE),
     (LEARNED, (RULE, "bf16"), (0,), BUDGETS),
-    (("gauss", "whiten 1/2", "whiten 1/2, grads"), (*INT4, *FLOAT, *OTHER), (0,), BUDGETS),
+    (("gauss", "whiten 1/2", "whiten 1/2, kfac"), (*INT4, *FLOAT, *OTHER), (0,), SMALL),
     (("mask", "sjlt", "rademacher"), (RULE, *FLOAT, "bf16", "dense:int4"), (0,), BUDGETS),
-    (("gauss", "mask", "sjlt", "whiten 1/2, grads"), (RULE,), (1, 2), BUDGETS),
+    (("gauss", "mask", "sjlt", "whiten 1/2, kfac"), (RULE,), (1, 2), SMALL),
 )
-SAME_WIDTH_AFTER = 6  # groups
-MIN_SHARE = 0.6  # of the budget; a setting that cannot use more has run out of layer
+SAME_WIDTH_AFTER = 7  # groups
+MIN_SHARE = 0.55  # of the budget; a setting that cannot use more has run out of layer
 
 
 @dataclass(frozen=True, slots=True)

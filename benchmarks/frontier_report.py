@@ -44,6 +44,7 @@ class Result:
     dampings: list[str]
     tuned: np.ndarray
     default: np.ndarray
+    by_damping: dict[str, float]
     by_seed: list[float]
 
     def row(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Result:
             **summary(self.tuned),
             "damping": self.dampings[0] if len(set(self.dampings)) == 1 else self.dampings,
             "lds at relative:0.1": round(float(self.default.mean()), 4),
+            "by damping": {damping: round(value, 4) for damping, value in self.by_damping.items()},
             "by seed": [round(each, 4) for each in self.by_seed],
         }
 
@@ -90,8 +92,9 @@ def combine(runs: list[Measured]) -> Result:
     dampings = [max(run.lds, key=lambda damping, run=run: run.lds[damping][chosen].mean()) for run in runs]
     tuned = [run.lds[damping][rest] for run, damping in zip(runs, dampings, strict=True)]
     default = [run.lds.get(DEFAULT, next(iter(run.lds.values())))[rest] for run in runs]
+    by_damping = {damping: float(np.mean([run.lds[damping][rest] for run in runs])) for damping in runs[0].lds}
     by_seed = [float(values.mean()) for values in tuned]
-    return Result(runs, dampings, np.mean(tuned, axis=0), np.mean(default, axis=0), by_seed)
+    return Result(runs, dampings, np.mean(tuned, axis=0), np.mean(default, axis=0), by_damping, by_seed)
 
 
 def compare(found: Mapping[Name, Result], ours: Name, theirs: Name) -> dict[str, Any] | None:

@@ -99,6 +99,8 @@ def divide(setting: Setting, tokenizer: Any) -> Corpus:
     """Documents until there are enough rows; from each of the first ones a middle passage becomes a query."""
     base, train, queries = [], [], []
     for document in documents(setting.corpus):
+        if len(train) >= NUM_ROWS and len(base) >= BASE_ROWS:
+            break
         pieces = list(passages(document, tokenizer))
         if len(pieces) < 5 or len(train) >= NUM_ROWS:
             base += pieces
