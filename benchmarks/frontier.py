@@ -55,23 +55,24 @@ LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
-    (("whiten 1/2",), (RULE,), (0,), BUDGETS),
-    (("whiten 1/2",), ("rank:1:int4", "rank:2:int4", "dense:int4", "dense:sign"), (0,), SMALL),
-    (("gauss", "whiten 1/2, kfac", "whiten 1/4", "pca"), (RULE,), (0,), MIDDLE),
-    (("whiten 1/2",), ("bf16", "rank:4:int4", "rank:8:int4", "rank:16:int4", "rank:8:sign"), (0,), MIDDLE),
-    (("gauss",), FLOAT, (0,), MIDDLE),
-    (("mask", "sjlt"), (RULE, "rank:4:bf16", "bf16"), (0,), MIDDLE),
+    (("whiten 1/2",), (RULE, "rank:4:int4", "rank:8:int4"), (0,), (10_800,)),
+    (("whiten 1/2",), ("rank:1:int4", "rank:2:int4", RULE), (0,), (2_700, 700)),
+    (("gauss",), (RULE, "rank:4:int4", "rank:4:bf16"), (0,), (10_800,)),
+    (("gauss",), ("rank:1:int4", RULE, "rank:1:bf16"), (0,), (2_700, 700)),
+    (("whiten 1/2",), ("dense:sign", "dense:int4", "bf16"), (0,), SMALL),
+    (("whiten 1/2, kfac", "pca", "whiten 1/4", "mask", "sjlt"), ("rank:4:int4",), (0,), (10_800,)),
+    (("whiten 1/2, kfac", "pca", "whiten 1/4", "mask", "sjlt"), ("rank:1:int4",), (0,), (2_700,)),
+    (("whiten 1/2",), (RULE, "rank:16:int4"), (0,), (43_200,)),
     (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
-    (("whiten 1/2",), (RULE,), (1, 2), SMALL),
-    (("gauss",), (*INT4, *OTHER), (0,), MIDDLE),
-    (("whiten 1/2",), (*FLOAT, *OTHER), (0,), MIDDLE),
-    (("whiten 1/4, kfac", "pca, kfac", "rademacher"), (RULE,), (0,), MIDDLE),
-    (LEARNED, (RULE, "bf16"), (0,), BUDGETS),
+    (("whiten 1/2", "gauss"), ("rank:4:int4",), (1, 2), (10_800,)),
+    (("whiten 1/2", "gauss"), ("rank:1:int4",), (1, 2), (2_700, 700)),
+    (("whiten 1/2",), ("rank:16:int4", "rank:2:int4", "rank:8:sign", "rank:4:int8", "rank:1:bf16"), (0,), MIDDLE),
+    (("mask", "sjlt"), ("rank:4:bf16", "bf16", RULE), (0,), MIDDLE),
+    (LEARNED, (RULE, "bf16"), (0,), SMALL),
     (("gauss", "whiten 1/2", "whiten 1/2, kfac"), (*INT4, *FLOAT, *OTHER), (0,), SMALL),
-    (("mask", "sjlt", "rademacher"), (RULE, *FLOAT, "bf16", "dense:int4"), (0,), BUDGETS),
-    (("gauss", "mask", "sjlt", "whiten 1/2, kfac"), (RULE,), (1, 2), SMALL),
+    (("mask", "sjlt", "rademacher"), (RULE, *INT4, *FLOAT, "bf16", "dense:int4"), (0,), SMALL),
 )
-SAME_WIDTH_AFTER = 7  # groups
+SAME_WIDTH_AFTER = 9  # groups
 MIN_SHARE = 0.55  # of the budget; a setting that cannot use more has run out of layer
 
 
