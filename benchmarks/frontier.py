@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,32 +48,32 @@ PROJECTIONS = {
     "whiten 1/2, kfac": "whiten:{0}x{0},kfac",
 }
 RULE = "rank:side/8:int4"
+RULES = (RULE, "rank:side/16:int4", "rank:side/30:int4")
 INT4 = ("rank:1:int4", "rank:2:int4", "rank:4:int4", "rank:8:int4", "rank:16:int4")
 FLOAT = ("rank:1:bf16", "rank:4:bf16")
 OTHER = ("dense:int8", "dense:int4", "dense:sign", "rank:4:int8", "rank:8:sign")
-SAME_WIDTH = ("bf16", "rank:1:bf16", "rank:2:bf16", "rank:4:bf16", "rank:8:bf16")
+SAME_WIDTH = ("bf16", "rank:1:bf16", "rank:4:bf16", "rank:8:bf16")
 LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "whiten" in text)
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
-    (("whiten 1/2",), (RULE, "rank:4:int4", "rank:8:int4"), (0,), (10_800,)),
-    (("whiten 1/2",), ("rank:1:int4", "rank:2:int4", RULE), (0,), (2_700, 700)),
-    (("gauss",), (RULE, "rank:4:int4", "rank:4:bf16"), (0,), (10_800,)),
-    (("gauss",), ("rank:1:int4", RULE, "rank:1:bf16"), (0,), (2_700, 700)),
+    (("whiten 1/2",), RULES, (0,), SMALL),
+    (("whiten 1/4", "pca", "whiten 1/2, kfac"), (RULE,), (0,), MIDDLE),
+    (("gauss",), (RULE, "rank:1:int4"), (0,), SMALL),
+    (("gauss",), ("rank:1:bf16", "rank:4:bf16"), (0,), MIDDLE),
     (("whiten 1/2",), ("dense:sign", "dense:int4", "bf16"), (0,), SMALL),
-    (("whiten 1/2, kfac", "pca", "whiten 1/4", "mask", "sjlt"), ("rank:4:int4",), (0,), (10_800,)),
-    (("whiten 1/2, kfac", "pca", "whiten 1/4", "mask", "sjlt"), ("rank:1:int4",), (0,), (2_700,)),
-    (("whiten 1/2",), (RULE, "rank:16:int4"), (0,), (43_200,)),
     (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
-    (("whiten 1/2", "gauss"), ("rank:4:int4",), (1, 2), (10_800,)),
-    (("whiten 1/2", "gauss"), ("rank:1:int4",), (1, 2), (2_700, 700)),
-    (("whiten 1/2",), ("rank:16:int4", "rank:2:int4", "rank:8:sign", "rank:4:int8", "rank:1:bf16"), (0,), MIDDLE),
-    (("mask", "sjlt"), ("rank:4:bf16", "bf16", RULE), (0,), MIDDLE),
+    (("whiten 1/2", "gauss"), (RULE,), (1, 2), SMALL),
+    (("mask", "sjlt"), (RULE, "bf16", "rank:4:bf16"), (0,), MIDDLE),
+    (("whiten 1/2",), INT4, (0,), MIDDLE),
+    (("whiten 1/2",), (RULE,), (0,), BUDGETS),
+    (("whiten 1/2",), (*FLOAT, *OTHER), (0,), MIDDLE),
+    (("gauss",), (*INT4, *FLOAT, *OTHER), (0,), MIDDLE),
     (LEARNED, (RULE, "bf16"), (0,), SMALL),
     (("gauss", "whiten 1/2", "whiten 1/2, kfac"), (*INT4, *FLOAT, *OTHER), (0,), SMALL),
     (("mask", "sjlt", "rademacher"), (RULE, *INT4, *FLOAT, "bf16", "dense:int4"), (0,), SMALL),
 )
-SAME_WIDTH_AFTER = 9  # groups
+SAME_WIDTH_AFTER = 7  # groups
 MIN_SHARE = 0.55  # of the budget; a setting that cannot use more has run out of layer
 
 
@@ -151,7 +152,7 @@ def largest(bench: Bench, projection: str, codec: str, budget: int, seed: int) -
         text, rows = Budget(
             budget,
             lambda side: sized(side) + turn,
-            lambda side: f"rank:{max(1, side // 8)}:int4" if codec == RULE else codec,
+            lambda side: re.sub(r"side/(\d+)", lambda found: str(max(1, side // int(found[1]))), codec),
         ).choose(bench.gradients.plan)
     except SpecError:  # not even one number a layer fits
         return None
@@ -175,7 +176,7 @@ def entries(bench: Bench) -> Iterator[Entry]:
 
 def same_width() -> Iterator[Entry]:
     """Dense rows and rows of rank c of the same maps."""
-    for projection, side, codec in itertools.product(("gauss", "whiten 1/2"), (64, 32, 16), SAME_WIDTH):
+    for projection, side, codec in itertools.product(("gauss",), (64, 32, 16), SAME_WIDTH):
         yield Entry(projection, codec, PROJECTIONS[projection].format(side), str(Codec.parse(codec)))
 
 
