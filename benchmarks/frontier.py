@@ -47,8 +47,8 @@ PROJECTIONS = {
     "whiten 1/2": "whiten:{0}x{0}",
     "whiten 1/2, kfac": "whiten:{0}x{0},kfac",
 }
-RULE = "rank:side/8:int4"
-RULES = (RULE, "rank:side/16:int4", "rank:side/30:int4")
+RULE = "rank:side/16:int4"
+RULES = (RULE, "rank:side/8:int4", "rank:side/30:int4")
 INT4 = ("rank:1:int4", "rank:2:int4", "rank:4:int4", "rank:8:int4", "rank:16:int4")
 FLOAT = ("rank:1:bf16", "rank:4:bf16")
 OTHER = ("dense:int8", "dense:int4", "dense:sign", "rank:4:int8", "rank:8:sign")
@@ -58,15 +58,16 @@ LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
     (("whiten 1/2",), RULES, (0,), SMALL),
-    (("whiten 1/4", "pca", "whiten 1/2, kfac"), (RULE,), (0,), MIDDLE),
-    (("gauss",), (RULE, "rank:1:int4"), (0,), SMALL),
+    (("whiten 1/4", "pca", "whiten 1/2, kfac"), ("rank:side/8:int4",), (0,), MIDDLE),
+    (("gauss",), ("rank:side/8:int4", "rank:1:int4"), (0,), SMALL),
     (("gauss",), ("rank:1:bf16", "rank:4:bf16"), (0,), MIDDLE),
     (("whiten 1/2",), ("dense:sign", "dense:int4", "bf16"), (0,), SMALL),
     (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
-    (("whiten 1/2", "gauss"), (RULE,), (1, 2), SMALL),
-    (("mask", "sjlt"), (RULE, "bf16", "rank:4:bf16"), (0,), MIDDLE),
-    (("whiten 1/2",), INT4, (0,), MIDDLE),
+    (("whiten 1/2",), (RULE,), (1, 2), SMALL),
+    (("gauss", "pca", "mask", "sjlt"), (RULE,), (0,), MIDDLE),
     (("whiten 1/2",), (RULE,), (0,), BUDGETS),
+    (("mask", "sjlt"), ("rank:8:int4", "bf16", "rank:4:bf16"), (0,), MIDDLE),
+    (("whiten 1/2",), INT4, (0,), MIDDLE),
     (("whiten 1/2",), (*FLOAT, *OTHER), (0,), MIDDLE),
     (("gauss",), (*INT4, *FLOAT, *OTHER), (0,), MIDDLE),
     (LEARNED, (RULE, "bf16"), (0,), SMALL),

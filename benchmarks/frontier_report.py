@@ -17,7 +17,7 @@ from environment import save
 from lds import Truth, interval, spearman
 
 DEFAULT = "0.1"
-RULE = "rank:side/8:int4"
+RULE = "rank:side/16:int4"
 EXACT = ("id", "float32", None)
 Name = tuple[str, str, int | None]  # projection, codec, budget
 
@@ -175,9 +175,9 @@ def write(work: Path) -> None:
 
 
 LINES = (
-    ("whiten 1/2", RULE, "whitened, rank side/8, int4", "C3", "o-"),
+    ("whiten 1/2", RULE, "whitened, rank side/16, int4", "C3", "o-"),
     ("whiten 1/2", "bf16", "whitened, dense bf16", "C1", "s--"),
-    ("gauss", RULE, "random, rank side/8, int4", "C0", "o-"),
+    ("gauss", RULE, "random, rank side/16, int4", "C0", "o-"),
     ("gauss", "bf16", "LoGRA: random, dense bf16", "C0", "s--"),
     ("factgrass", "bf16", "FactGraSS, bf16", "C2", "s--"),
 )
