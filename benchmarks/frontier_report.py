@@ -5,6 +5,7 @@ several seeds are averaged query by query. Intervals are of the mean over the qu
 those of a comparison resample the differences.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,15 @@ import numpy as np
 from environment import save
 from lds import Truth, interval, spearman
 
-DEFAULT = "0.1"
+WHITENED, OTHERS = "1.0", "0.1"  # the default relative damping of rows in a whitened basis, and of others
 RULE = "rank:side/16:int4"
+OURS = (
+    ("whiten 1/2", RULE),
+    ("whiten 1/2", "rank:side/8:int4"),
+    ("whiten 1/2", "dense:sign"),
+    ("gauss", "rank:side/8:int4"),
+    ("gauss", "rank:1:bf16"),  # LoRIF as published
+)
 EXACT = ("id", "float32", None)
 Name = tuple[str, str, int | None]  # projection, codec, budget
 
@@ -55,7 +63,7 @@ class Result:
             "captured": first.facts.get("captured"),
             **summary(self.tuned),
             "damping": self.dampings[0] if len(set(self.dampings)) == 1 else self.dampings,
-            "lds at relative:0.1": round(float(self.default.mean()), 4),
+            "lds at default damping": round(float(self.default.mean()), 4),
             "by damping": {damping: round(value, 4) for damping, value in self.by_damping.items()},
             "by seed": [round(each, 4) for each in self.by_seed],
         }
@@ -91,7 +99,8 @@ def combine(runs: list[Measured]) -> Result:
     chosen, rest = order[: num_queries // 10], order[num_queries // 10 :]
     dampings = [max(run.lds, key=lambda damping, run=run: run.lds[damping][chosen].mean()) for run in runs]
     tuned = [run.lds[damping][rest] for run, damping in zip(runs, dampings, strict=True)]
-    default = [run.lds.get(DEFAULT, next(iter(run.lds.values())))[rest] for run in runs]
+    usual = WHITENED if runs[0].entry["projection"].startswith("whiten") else OTHERS
+    default = [run.lds.get(usual, next(iter(run.lds.values())))[rest] for run in runs]
     by_damping = {damping: float(np.mean([run.lds[damping][rest] for run in runs])) for damping in runs[0].lds}
     by_seed = [float(values.mean()) for values in tuned]
     return Result(runs, dampings, np.mean(tuned, axis=0), np.mean(default, axis=0), by_damping, by_seed)
@@ -111,7 +120,7 @@ def compare(found: Mapping[Name, Result], ours: Name, theirs: Name) -> dict[str,
         "difference": less["lds"],
         "low": less["low"],
         "high": less["high"],
-        "difference at relative:0.1": round(float((a.default - b.default).mean()), 4),
+        "at default damping": summary(a.default - b.default),
         "bytes": [a.runs[0].facts["bytes"], b.runs[0].facts["bytes"]],
     }
 
@@ -119,10 +128,10 @@ def compare(found: Mapping[Name, Result], ours: Name, theirs: Name) -> dict[str,
 def comparisons(found: Mapping[Name, Result]) -> list[dict[str, Any]]:
     out = []
     for budget in sorted({name[2] for name in found if name[2] is not None}):
-        for projection in ("whiten 1/2", "gauss"):
-            ours = (projection, RULE, budget)
-            rivals = [("gauss", "bf16", budget), ("factgrass", "bf16", budget), EXACT]
-            out += [row for theirs in rivals if (row := compare(found, ours, theirs))]
+        rivals = (("gauss", "bf16", budget), ("factgrass", "bf16", budget), EXACT)
+        for ours, theirs in itertools.product(OURS, rivals):
+            if row := compare(found, (*ours, budget), theirs):
+                out.append(row)
     return out
 
 
@@ -134,7 +143,7 @@ def same_width(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         dense = runs.get((compress, "bfloat16"))
         if dense is None or compress in ("id", "none"):
             continue
-        agreement = spearman(np.load(each.path)[DEFAULT], np.load(dense.path)[DEFAULT])
+        agreement = spearman(np.load(each.path)[OTHERS], np.load(dense.path)[OTHERS])
         ours, theirs = combine([each]), combine([dense])
         out.append(
             {
@@ -164,6 +173,7 @@ def write(work: Path) -> None:
             "seeds": truth.by_seed.shape[1],
             "queries": truth.gain.shape[1],
             "rank correlation of two seeds": round(truth.reliability(), 4),
+            "the package's own verbs": json.loads((folder / "check.json").read_text()),
             "comparisons": comparisons(found),
             "one width": same_width(measured),
             "settings": sorted(
