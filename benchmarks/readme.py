@@ -1,4 +1,4 @@
-"""Write the README's table of costs from the committed results. `python benchmarks/readme.py [--check]`"""
+"""Write the README's tables from the committed results. `python benchmarks/readme.py [--check]`"""
 
 import argparse
 import json
@@ -9,20 +9,80 @@ from typing import Any
 from environment import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not up to date")
     arguments = parser.parse_args()
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    text = made = README.read_text()
+    for name, write in (("benchmarks", table), ("frontier", frontier), ("lorif", lorif)):
+        before, rest = made.split(f"<!-- {name} -->")
+        made = f"{before}<!-- {name} -->\n{write()}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
     if arguments.check:
         sys.exit(made != text)
     README.write_text(made)
+
+
+def frontier() -> str:
+    """LDS of a few settings by size and model, with what the exact Fisher matrix of whole gradients reaches."""
+    found = load("frontier")
+    lines = [
+        "| data, model | bytes a row | LoGRA | FactGraSS | LoRIF | LoRIF less LoGRA |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for model, title in (("llama", "BBC news, Llama"), ("gpt2", "State of the Union, GPT-2")):
+        by_name = {(r["projection"], r["codec"], r["budget"]): r for r in found[model]["settings"]}
+        exact = by_name["id", "float32", None]
+        for budget in sorted({r["budget"] for r in found[model]["settings"] if r["budget"]}):
+            logra, factgrass = by_name["gauss", "bf16", budget], by_name["factgrass", "bf16", budget]
+            ours = by_name.get(("whiten 1/2", RULE, budget))
+            if ours is None:
+                continue
+            pair = f"gauss bf16 {budget}"
+            less = next(c for c in found[model]["comparisons"] if compared(c) == (f"whiten 1/2 {RULE}", pair))
+            cells = [f"{logra['lds']:.2f}", f"{factgrass['lds']:.2f}", f"**{ours['lds']:.2f}**",
+                     f"{less['difference']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"]  # fmt: skip
+            lines.append(f"| {title} | {ours['bytes']:,} | {' | '.join(cells)} |")
+        words = ", ".join(f"{name} {by_name[key]['lds']:.2f}" for name, key in (
+            ("GradDot", ("graddot", "none", None)), ("BM25", ("bm25", "none", None))))  # fmt: skip
+        notes.append(
+            f"{title}: whole gradients with the exact Fisher {exact['lds']:.2f} at {exact['bytes']:,} bytes, {words}"
+        )
+    return "\n".join([*lines, "", ". ".join(notes) + "."])
+
+
+RULE = "rank:side/16:int4"
+
+
+def compared(row: dict[str, Any]) -> tuple[str, str]:
+    return row["ours"], f"{row['theirs']} {row['budget']}"
+
+
+def lorif() -> str:
+    """Bytes, fit, query and agreement of low-rank rows beside dense ones of the same projections."""
+    found = load("lorif")
+    lines = [
+        "| f | rows | bytes a row | fit, CPU s | solve 1 query | score 1 / 16 / 256 queries | score 1, from disk |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["results"]:
+        if r["query"] is None:
+            continue
+        runs = {run["M"]: run for run in r["query"]}
+        kind = "lowrank" if "lowrank" in r["fit"]["cpu_seconds"] else "fim"
+        scored = " / ".join(seconds(runs[m]["memory"]) for m in sorted(runs))
+        size, fit = r["encode"]["bytes_per_row"], r["fit"]["cpu_seconds"][kind]
+        lines.append(
+            f"| {r['f']} | {r['store']} | {size:,.0f} | {fit:.0f} ({kind}) | {seconds(runs[1]['solve'])} | {scored} | "
+            f"{seconds(runs[1]['disk'])} |"
+        )
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.995 else f"{1000 * value:.0f} ms"
 
 
 def table() -> str:

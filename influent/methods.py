@@ -67,7 +67,7 @@ def _lorif(side: int) -> str:
 
 
 def _lorif_rows(side: int) -> str:
-    return f"rank:{max(1, side // 8)}:int4"
+    return f"rank:{max(1, side // 16)}:int4"
 
 
 DEFAULT_SIDE = 64

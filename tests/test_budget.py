@@ -43,11 +43,11 @@ def test_the_largest_compressor_that_fits_is_chosen(method, rows, size):
     assert larger > size or larger == stored(text)  # no layer has more to keep
 
 
-@pytest.mark.parametrize(("size", "side"), [(54, 14), (100, 16), (10**6, 40)])
+@pytest.mark.parametrize(("size", "side"), [(54, 14), (100, 40), (10**6, 40)])
 def test_a_method_with_a_codec_of_its_own_sizes_both(size, side):
     lorif = METHODS["lorif"]
     found = Budget(size, lorif.sized, lorif.codec).choose(plan(LAYERS, layers="."))
-    assert found == (f"whiten:{side}x{side}", f"rank:{max(1, side // 8)}:int4")
+    assert found == (f"whiten:{side}x{side}", f"rank:{max(1, side // 16)}:int4")
 
 
 def test_a_budget_too_small_for_one_entry_a_layer_is_refused():

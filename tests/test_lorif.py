@@ -22,7 +22,7 @@ def place(tmp_path_factory):
     made = influent.index(
         str(folder / "model"), str(folder / "data.jsonl"), str(folder / "index"), method="lorif", compress="whiten:8x8"
     )
-    assert made["codec"] == "rank:8:int4"
+    assert made["codec"] == "rank:4:int4"
     return folder
 
 
@@ -37,7 +37,7 @@ def test_row_bytes_size_bases_and_rank_together(place, tmp_path):
     influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=1500)
     opened = Index.open(out)
     side = int(opened.spec["compress"].partition("x")[2])
-    assert (opened.spec["compress"], str(opened.codec)) == (f"whiten:{side}x{side}", f"rank:{side // 8}:int4")
+    assert (opened.spec["compress"], str(opened.codec)) == (f"whiten:{side}x{side}", f"rank:{max(1, side // 16)}:int4")
     assert 1000 < opened.layout.row_bytes <= 1500  # one side more is a step of rank, too
     top = influent.query(out, **ASK, k=2)["queries"][0]["top"]
     assert "japan" in {row["id"] for row in top}

@@ -47,6 +47,16 @@ def test_the_commands_for_ones_own_data_run(place):
     assert "ok" in printed[4]
 
 
+def test_the_commands_for_small_rows_run(place):
+    block = next(block for block in blocks("sh") if "small-index" in block)
+    commands = [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("influent")]
+    assert [command.split()[1] for command in commands] == ["index", "query", "append", "info"]
+    (place / "more-data.jsonl").write_text('{"id": "togo", "text": "The money of Togo is called franc."}')
+    printed = [run(place, "bash", "-c", command) for command in commands]
+    assert "japan" in printed[1]
+    assert "17" in printed[3] and "stale" in printed[3]
+
+
 def test_the_two_commands_are_targets_of_the_makefile():
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", blocks("sh")[0], flags=re.M):

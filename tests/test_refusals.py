@@ -23,7 +23,7 @@ def here(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rows": "bf16"}, "rows is 'bf16', expected one of float32"),
+        ({"rows": "int3"}, "rows 'int3': 'int3' is not known"),
         ({"matmul": "low"}, "matmul is 'low'"),
         ({"dtype": "fp32"}, "dtype is 'fp32'"),
         ({"seed": -1}, "seed is -1"),
