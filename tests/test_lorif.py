@@ -34,11 +34,11 @@ def test_the_name_of_the_method_is_enough(place):
 
 def test_row_bytes_size_bases_and_rank_together(place, tmp_path):
     out = str(tmp_path / "index")
-    influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=1500)
+    influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=240)
     opened = Index.open(out)
     side = int(opened.spec["compress"].partition("x")[2])
     assert (opened.spec["compress"], str(opened.codec)) == (f"whiten:{side}x{side}", f"rank:{max(1, side // 16)}:int4")
-    assert 1000 < opened.layout.row_bytes <= 1500  # one side more is a step of rank, too
+    assert 200 < opened.layout.row_bytes + len(opened.keys) <= 240  # with the byte for what the cut kept
     top = influent.query(out, **ASK, k=2)["queries"][0]["top"]
     assert "japan" in {row["id"] for row in top}
 
