@@ -172,7 +172,7 @@ def write(work: Path) -> None:
             "subsets": len(truth.used),
             "seeds": truth.by_seed.shape[1],
             "queries": truth.gain.shape[1],
-            "rank correlation of two seeds": round(truth.reliability(), 4),
+            "rank correlation of two seeds": truth.reliability(),
             "the package's own verbs": json.loads((folder / "check.json").read_text()),
             "comparisons": comparisons(found),
             "one width": same_width(measured),
@@ -186,8 +186,9 @@ def write(work: Path) -> None:
 
 LINES = (
     ("whiten 1/2", RULE, "whitened, rank side/16, int4", "C3", "o-"),
-    ("whiten 1/2", "bf16", "whitened, dense bf16", "C1", "s--"),
-    ("gauss", RULE, "random, rank side/16, int4", "C0", "o-"),
+    ("whiten 1/2", "rank:side/8:int4", "whitened, rank side/8, int4", "C1", "o-"),
+    ("whiten 1/2", "dense:sign", "whitened, 1 bit", "C4", "o-"),
+    ("gauss", "rank:side/8:int4", "random, rank side/8, int4", "C0", "o-"),
     ("gauss", "bf16", "LoGRA: random, dense bf16", "C0", "s--"),
     ("factgrass", "bf16", "FactGraSS, bf16", "C2", "s--"),
 )
@@ -195,7 +196,7 @@ TITLES = {"llama": "Llama, BBC news", "gpt2": "GPT-2, State of the Union"}
 
 
 def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
-    """LDS against bytes of a row; the exact Fisher matrix of uncompressed gradients as a line."""
+    """LDS at the default damping against bytes of a row; the exact Fisher of uncompressed gradients as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,26 +206,27 @@ def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
     for axis, (model, found) in zip(axes[0], panels.items(), strict=True):
         for projection, codec, label, color, style in LINES:
             points = sorted(
-                (each.runs[0].facts["bytes"], *summary(each.tuned).values())
+                (each.runs[0].facts["bytes"], *summary(each.default).values())
                 for name, each in found.items()
                 if name[:2] == (projection, codec) and name[2] is not None
             )
             if points:
                 size, mean, low, high = np.array(points).T
                 axis.plot(size / 1e3, mean, style, color=color, label=label, markersize=5)
-                axis.fill_between(size / 1e3, low, high, color=color, alpha=0.08, linewidth=0)
+                axis.fill_between(size / 1e3, low, high, color=color, alpha=0.06, linewidth=0)
         for name, label, style in (
-            (EXACT, "exact Fisher, {:,.0f} KB", "--"),
+            (("id", "bf16", None), "exact Fisher, bf16, {:,.0f} KB", "--"),
             (("graddot", "none", None), "GradDot", ":"),
         ):
             if name in found:
                 size = found[name].runs[0].facts.get("bytes", 0) / 1e3
                 axis.axhline(
-                    found[name].tuned.mean(), color="0.3", linestyle=style, linewidth=1, label=label.format(size)
+                    found[name].default.mean(), color="0.3", linestyle=style, linewidth=1, label=label.format(size)
                 )
         axis.set(xscale="log", xlabel="KB a row on disk", title=TITLES.get(model, model))
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("LDS")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

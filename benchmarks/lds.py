@@ -52,9 +52,11 @@ class Truth:
         """Spearman over the subsets of the summed scores [Q, N] of a subset's rows with its gain, for each query."""
         return spearman(scores.astype(np.float64) @ self.used.T, self.gain.T)
 
-    def reliability(self) -> float:
+    def reliability(self) -> float | None:
         """Mean Spearman over the subsets of the gain by one seed with that by another: what noise leaves."""
-        return float(spearman(self.by_seed[:, 0].T, self.by_seed[:, 1].T).mean())
+        if self.by_seed.shape[1] < 2:
+            return None
+        return round(float(spearman(self.by_seed[:, 0].T, self.by_seed[:, 1].T).mean()), 4)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
