@@ -28,18 +28,22 @@ class Budget:
         Raises:
             SpecError: not even the smallest setting fits.
         """
-        if (least := self._size(tracked, 1)) > self.bytes:
+        if (least := self._size(tracked, 1, self.rows)) > self.bytes:
             raise SpecError(
                 f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {least} bytes a row at the least; "
                 "allow more, or track fewer --layers"
             )
         largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
-        sides = range(1, largest + 1)
-        side = bisect.bisect_right(sides, False, key=lambda side: self._size(tracked, side) > self.bytes)
-        return self.compress(side), self.rows(side)
+        rows = self.rows(self._largest(tracked, self.rows, largest))
+        # A codec's rank goes in steps: what a step too far would have taken, the sides can use.
+        return self.compress(self._largest(tracked, lambda side: rows, largest)), rows
 
-    def _size(self, tracked: Plan, side: int) -> int:
-        return row_bytes(Compress.parse(self.compress(side)), Codec.parse(self.rows(side)), tracked)
+    def _largest(self, tracked: Plan, rows: Callable[[int], str], most: int) -> int:
+        sides = range(1, most + 1)
+        return bisect.bisect_right(sides, False, key=lambda side: self._size(tracked, side, rows) > self.bytes)
+
+    def _size(self, tracked: Plan, side: int, rows: Callable[[int], str]) -> int:
+        return row_bytes(Compress.parse(self.compress(side)), Codec.parse(rows(side)), tracked)
 
 
 def row_bytes(compress: Compress, codec: Codec, tracked: Plan) -> int:

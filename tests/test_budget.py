@@ -7,7 +7,7 @@ from torch import nn
 
 import influent
 from influent import preflight
-from influent.budget import Budget
+from influent.budget import Budget, row_bytes
 from influent.codec import Codec
 from influent.coding import encode
 from influent.compress import Compress
@@ -43,11 +43,19 @@ def test_the_largest_compressor_that_fits_is_chosen(method, rows, size):
     assert larger > size or larger == stored(text)  # no layer has more to keep
 
 
-@pytest.mark.parametrize(("size", "side"), [(54, 14), (100, 40), (10**6, 40)])
-def test_a_method_with_a_codec_of_its_own_sizes_both(size, side):
-    lorif = METHODS["lorif"]
-    found = Budget(size, lorif.sized, lorif.codec).choose(plan(LAYERS, layers="."))
-    assert found == (f"whiten:{side}x{side}", f"rank:{max(1, side // 16)}:int4")
+@pytest.mark.parametrize("size", [200, 700, 2000, 5000])
+def test_a_method_with_a_codec_of_its_own_sizes_both(size):
+    lorif, tracked = METHODS["lorif"], plan(nn.Sequential(*[nn.Linear(300, 300) for _ in range(4)]))
+    text, rows = Budget(size, lorif.sized, lorif.codec).choose(tracked)
+    side, codec = int(text.partition("x")[2]), Codec.parse(rows)
+    assert text == f"whiten:{side}x{side}" and codec.bits == "int4"
+    assert codec.rank is not None and codec.rank >= side // 32
+
+    def stored(side: int) -> int:
+        return row_bytes(Compress.parse(lorif.sized(side)), codec, tracked)
+
+    assert stored(side) <= size < stored(side + 1)  # nothing is left that a longer side could use
+    assert size < 4 * (16 * (codec.rank + 1) * (codec.rank + 1) + 2 * (codec.rank + 1) + 1)  # nor that a pair could
 
 
 def test_a_budget_too_small_for_one_entry_a_layer_is_refused():
