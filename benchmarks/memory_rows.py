@@ -13,7 +13,7 @@ from pathlib import Path
 from environment import save
 
 SIZES = (2_000, 20_000, 200_000)
-BLOCKS, SIDE, CODEC = 4, 32, "rank:1:bfloat16"
+BLOCKS, SIDE, CODEC = 2, 32, "rank:1:bfloat16"
 CHILD = """
 import json, resource, sys, time
 import torch

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def frontier() -> str:
-    """LDS of a few settings by size and model, with what the exact Fisher matrix of whole gradients reaches."""
+    """LDS at the default dampings, of a few settings by size and model; and what whole gradients reach."""
     found = load("frontier")
     lines = [
         "| data, model | bytes a row | LoGRA | FactGraSS | LoRIF | LoRIF less LoGRA |",
@@ -33,31 +33,30 @@ def frontier() -> str:
     ]
     notes = []
     for model, title in (("llama", "BBC news, Llama"), ("gpt2", "State of the Union, GPT-2")):
-        by_name = {(r["projection"], r["codec"], r["budget"]): r for r in found[model]["settings"]}
-        exact = by_name["id", "float32", None]
-        for budget in sorted({r["budget"] for r in found[model]["settings"] if r["budget"]}):
-            logra, factgrass = by_name["gauss", "bf16", budget], by_name["factgrass", "bf16", budget]
-            ours = by_name.get(("whiten 1/2", RULE, budget))
-            if ours is None:
-                continue
-            pair = f"gauss bf16 {budget}"
-            less = next(c for c in found[model]["comparisons"] if compared(c) == (f"whiten 1/2 {RULE}", pair))
-            cells = [f"{logra['lds']:.2f}", f"{factgrass['lds']:.2f}", f"**{ours['lds']:.2f}**",
-                     f"{less['difference']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"]  # fmt: skip
+        settings = {(r["projection"], r["codec"], r["budget"]): r for r in found[model]["settings"]}
+        values = {name: r["lds at default damping"] for name, r in settings.items()}
+        for budget in sorted({r["budget"] for r in settings.values() if r["budget"]}):
+            ours = settings["whiten 1/2", RULE, budget]
+            less = next(c for c in found[model]["comparisons"] if compared(c) == (ours["codec"], "gauss bf16", budget))
+            less = less["at default damping"]
+            cells = [f"{values[rival, 'bf16', budget]:.2f}" for rival in ("gauss", "factgrass")]
+            cells += [f"**{values['whiten 1/2', RULE, budget]:.2f}**",
+                      f"{less['lds']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"]  # fmt: skip
             lines.append(f"| {title} | {ours['bytes']:,} | {' | '.join(cells)} |")
-        words = ", ".join(f"{name} {by_name[key]['lds']:.2f}" for name, key in (
-            ("GradDot", ("graddot", "none", None)), ("BM25", ("bm25", "none", None))))  # fmt: skip
+        exact = settings["id", "bf16", None]
         notes.append(
-            f"{title}: whole gradients with the exact Fisher {exact['lds']:.2f} at {exact['bytes']:,} bytes, {words}"
+            f"{title}: whole gradients with the exact Fisher matrix {values['id', 'bf16', None]:.2f} "
+            f"({exact['bytes']:,} bytes), GradDot {values['graddot', 'none', None]:.2f}, "
+            f"BM25 {values['bm25', 'none', None]:.2f}."
         )
-    return "\n".join([*lines, "", ". ".join(notes) + "."])
+    return "\n".join([*lines, "", *notes])
 
 
 RULE = "rank:side/16:int4"
 
 
-def compared(row: dict[str, Any]) -> tuple[str, str]:
-    return row["ours"], f"{row['theirs']} {row['budget']}"
+def compared(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["ours"].removeprefix("whiten 1/2 "), row["theirs"], row["budget"]
 
 
 def lorif() -> str:
@@ -88,6 +87,7 @@ def seconds(value: float) -> str:
 def table() -> str:
     indexing, compression = load("indexing"), load("compression")
     memory, startup, facts = load("memory"), load("startup"), load("fact_tracing")
+    growth = {(p["stage"], p["rows"]): p["peak_mib"] for p in load("memory_rows")["peaks"]}
     exact, fast = indexing["results"]
     sizes = {row["compress"]: row for row in indexing["bytes_per_row"]}
     ratio = {(r["condition"], r["matmul"], r["k"]): r["ratio"] for r in compression["summed_over_shapes"]}
@@ -110,6 +110,9 @@ def table() -> str:
         (f"peak memory, {few:,} and {many:,} rows (tiny model)",
          "; ".join(f"{stage} {peaks[stage, few]:.0f} and {peaks[stage, many]:.0f} MiB"
                    for stage in ("index", "fit", "query"))),
+        ("the same over low-rank rows, 2,000 / 20,000 / 200,000 of them",
+         "; ".join(f"{name} {' / '.join(f'{growth[stage, rows]:.0f}' for rows in (2000, 20000, 200000))} MiB"
+                   for name, stage in (("fit", "lowrank:128"), ("one-pass fit", "sketch:128"), ("query", "query")))),
         ("`influent --help`; the line of an input error",
          f"{help_seconds:.2f} s; {min(errors):.2f} to {max(errors):.2f} s"),
         *fact_rows(facts),

@@ -84,7 +84,18 @@ class Part:
     def _groups(self, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
         file, starts = self._file()
         for group in range(len(starts) - 1):
-            yield file.read_row_group(group, columns=columns).to_pylist()
+            yield self._group(file, group, columns).to_pylist()
+
+    def _group(self, file: Any, group: int, columns: Sequence[str]) -> Any:
+        import pyarrow as pa
+
+        try:
+            return file.read_row_group(group, columns=list(columns))
+        except (pa.ArrowException, OSError) as e:
+            raise CorruptError(
+                f"{self.store}/{self.name}: cannot be read: {' '.join(str(e).split())}; "
+                "`influent verify` lists all damage"
+            ) from e
 
     def texts(self) -> Iterator[str]:
         """Every row's readable text in order, one row group in memory at a time."""
@@ -157,7 +168,7 @@ class Part:
             wanted.setdefault(bisect_right(starts, row - self.first) - 1, []).append(place)
         out: list[dict[str, Any]] = [{}] * len(rows)
         for group, places in sorted(wanted.items()):
-            table = file.read_row_group(group, columns=list(columns))
+            table = self._group(file, group, columns)
             picked = table.take([rows[place] - self.first - starts[group] for place in places]).to_pylist()
             for place, part in zip(places, picked, strict=True):
                 out[place] = part

@@ -41,7 +41,11 @@ def choose_curvature(
 
     wanted = check_curvature(index, name, damping, own=own, parity=parity)
     return curvatures.fit(
-        index, curvature=wanted.curvature, damping=wanted.damping, memory=memory or curvatures.MEMORY, progress=progress
+        index,
+        curvature=wanted.curvature,
+        damping=wanted.damping,
+        memory=curvatures.MEMORY if memory is None else memory,
+        progress=progress,
     )
 
 

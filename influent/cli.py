@@ -40,8 +40,13 @@ IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
 DAMPING = "relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: "
-FitDamping = Annotated[str | None, typer.Option(metavar="D", help=f"{DAMPING}relative:0.1; of low rank relative:1.")]
-Damping = Annotated[str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fit, else as for fit.")]
+FitDamping = Annotated[
+    str | None,
+    typer.Option(metavar="D", help=f"{DAMPING}relative:0.1; of low rank relative:1 (shown now, chosen at the query)."),
+]
+Damping = Annotated[
+    str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of low rank 1.")
+]
 CurvatureName = Annotated[
     str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
 ]

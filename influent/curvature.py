@@ -90,7 +90,7 @@ def fit(
 ) -> Curvature:
     """Fit a curvature to an index, or find what an earlier fit left.
 
-    `curvature` is `identity`, `fim`, `lowrank:R` or `sketch:R` (alone: R is 256), or the name of a low-rank one fitted
+    `curvature` is `identity`, `fim`, `lowrank:R` or `sketch:R` (alone: R is 512), or the name of a low-rank one fitted
     to fewer rows. All but identity need a damping; the published rules are for low rank. What costs, the Gram matrices
     or the eigenvectors, is shared by all dampings. Killed at any point and called again, it goes on with the next
     block. `memory` bounds, in MiB, what is held of the rows, and results depend on it no more than by rounding.
@@ -123,15 +123,15 @@ def fit(
 def list_fitted(index: RowSource) -> list[str]:
     """The names of the finished fits in an index, which `find` takes; identity, which needs no fit, is not listed.
 
-    One of low rank is fitted without a damping: `lowrank:256`; or `lowrank:256@900` if it has seen only the 900 rows
+    One of low rank is fitted without a damping: `lowrank:512`; or `lowrank:512@900` if it has seen only the 900 rows
     that there were before others were appended.
     """
     return [*sorted(_factored(index)), *sorted(bases(index))]
 
 
 def find(index: RowSource, name: str) -> Curvature:
-    """The curvature of that name: `identity`, `fim:relative:0.1`, or `fim` if there is just one; `lowrank:256`, which
-    is then damped by relative:0.1, or `lowrank:256:relative:0.5`.
+    """The curvature of that name: `identity`, `fim:relative:0.1`, or `fim` if there is just one; `lowrank:512`, which
+    is then damped by relative:1, or `lowrank:512:relative:0.5`.
 
     Raises SpecError, listing what there is, when it has not been fitted or the name is not enough.
     """

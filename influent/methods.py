@@ -183,8 +183,8 @@ def fit(
     own = own_curvature(opened) if curvature is None else curvature
     wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping)
     fitted = curvatures.fit(
-        opened, curvature=wanted.curvature, damping=wanted.damping, memory=memory or curvatures.MEMORY,
-        progress=progress,
+        opened, curvature=wanted.curvature, damping=wanted.damping,
+        memory=curvatures.MEMORY if memory is None else memory, progress=progress,
     )  # fmt: skip
     shown = None if wanted.damping is None else str(wanted.damping)
     return {"name": fitted.name, "curvature": wanted.curvature, "damping": shown, "health": fitted.health()}

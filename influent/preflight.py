@@ -23,6 +23,7 @@ from influent.rowstore import Index
 from influent.storage import UNFINISHED, Store
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_LATER_PART = re.compile(r"catalog-\d{6}\.(json|parquet)")  # of rows that were appended
 # A checkpoint whose names begin so carries the full names of the modules; others lack a prefix that only loading adds.
 FULL_NAMES = ("model.", "transformer.", "gpt_neox.", "language_model.")
 
@@ -283,12 +284,12 @@ def _tensor_names(path: Path) -> Iterator[str]:
 
 def _refuse_foreign(path: str) -> None:
     # an index killed before its spec was written, or whose damaged spec and manifest were deleted as verify says
-    ours = ("catalog.parquet", "catalog.json", "shards", "curvature")
+    ours = ("catalog.parquet", "catalog.json", "bases", "shards", "curvature")
     folder = Path(path).expanduser()
     begun = any((folder / name).is_file() for name in ours) or any(folder.glob("shards/*.safetensors"))
     kept = ours if begun else ()  # a folder that is only called shards is anyone's
     others = sorted(p.name for p in folder.iterdir() if p.name not in kept)
-    others = [name for name in others if not name.endswith(UNFINISHED)]
+    others = [name for name in others if not (name.endswith(UNFINISHED) or (begun and _LATER_PART.fullmatch(name)))]
     if others:
         raise FormatError(f"{path}: not an index, and not empty: it holds {others[0]}; give another --out")
 

@@ -73,7 +73,13 @@ def query(
     """
     if normalize not in NORMALIZATIONS:  # before anything is computed
         raise SpecError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZATIONS)}")
+    if query_rank is not None and query_rank < 1:
+        raise SpecError(f"query_rank is {query_rank}, expected 1 or more")
     opened = Index.open(index)
+    if query_rank is not None and not any(map(opened.codec.stored_rank, opened.factors.values())):
+        raise SpecError(
+            f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {opened.codec}"
+        )
     asked, shown = _read(_given(prompt, completion, queries), task)
     against, _ = _read(control, task) if control is not None else ([], [])
     fitted = choose_curvature(

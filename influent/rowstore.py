@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .catalog import Catalog
     from .gradients import Row
 
-ROWS = ("float32", "float16", "bfloat16")
-
 
 class Shard:
     """The rows [lo, hi) of an index; tensors are views of the file, without a copy."""

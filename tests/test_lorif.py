@@ -1,7 +1,9 @@
 """LoRIF as a user meets it: a row of the method table, from the index to the answer."""
 
 import json
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from tiny_model import FACTS, make_data, make_model
@@ -94,3 +96,44 @@ def test_append_on_the_command_line(place, tmp_path, capsys):
     assert run(["verify", index]) == 0
     assert run(["append", index, str(place / "data.jsonl")]) == 2
     assert "malawi" in capsys.readouterr().err
+
+
+def test_an_index_killed_after_its_calibration_is_resumed_by_the_same_command(place, tmp_path, capsys):
+    index = tmp_path / "index"
+    command = ["index", str(place / "model"), str(place / "data.jsonl"), "-o", str(index), "--compress", "pca:8x8"]
+    assert run(command) == 0
+    digest = Index.open(index).digest
+    for gone in (index / "spec.json", index / "manifest.json", *index.glob("shards/*")):
+        gone.unlink()
+    (index / "shards").rmdir()
+    assert run(command) == 0
+    assert Index.open(index).digest == digest
+    capsys.readouterr()
+    assert run(["info", str(index), "--json"]) == 0
+    schema = json.loads((Path(__file__).parent.parent / "docs/schemas/info.json").read_text())
+    jsonschema.validate(json.loads(capsys.readouterr().out), schema)
+
+
+def test_info_of_coded_rows_is_what_the_schema_says(place, capsys):
+    assert run(["info", str(place / "index"), "--json"]) == 0
+    schema = json.loads((Path(__file__).parent.parent / "docs/schemas/info.json").read_text())
+    jsonschema.validate(json.loads(capsys.readouterr().out), schema)
+
+
+def test_a_query_rank_needs_rows_of_a_rank(place, tmp_path):
+    influent.index(str(place / "model"), str(place / "data.jsonl"), str(tmp_path / "dense"), compress="gauss:4x4")
+    with pytest.raises(SpecError, match="query_rank 2 is for rows that are cut to a rank; these are float32"):
+        influent.query(str(tmp_path / "dense"), **ASK, query_rank=2)
+    with pytest.raises(SpecError, match="query_rank is 0"):
+        influent.query(str(place / "index"), **ASK, query_rank=0)
+
+
+def test_appending_to_a_damaged_catalog_is_one_line(place, tmp_path, capsys):
+    index, more = tmp_path / "index", tmp_path / "more.jsonl"
+    influent.index(str(place / "model"), str(place / "data.jsonl"), str(index), compress="gauss:4x4")
+    damaged = bytearray((index / "catalog.parquet").read_bytes())
+    damaged[4:200] = bytes(196)
+    (index / "catalog.parquet").write_bytes(damaged)
+    more.write_text('{"id": "new", "text": "The money of Togo is called franc."}')
+    assert run(["append", str(index), str(more)]) == 2
+    assert "catalog.parquet" in capsys.readouterr().err
