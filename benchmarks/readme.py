@@ -77,7 +77,17 @@ def lorif() -> str:
             f"| {r['f']} | {r['store']} | {size:,.0f} | {fit:.0f} ({kind}) | {seconds(runs[1]['solve'])} | {scored} | "
             f"{seconds(runs[1]['disk'])} |"
         )
-    return "\n".join(lines)
+    agree = {f: found["spearman"][f"f={f}"]["LoRIF c=1"]["truncated with exact"]["mean"] for f in (16, 32)}
+    kept = ", ".join(
+        f"{values['exact with dense']['mean']:.2f} at {name.removeprefix('LoRIF ')}"
+        for name, values in found["spearman"]["f=32"].items()
+        if name in ("LoRIF c=1", "LoRIF c=2", "LoRIF c=4", "LoRIF c=8")
+    )
+    note = (
+        f"Spearman of the truncated curvature's scores with the exact ones of the same rows: {agree[16]:.4f} (f = 16), "
+        f"{agree[32]:.4f} (f = 32); of rank-c rows with dense ones (f = 32): {kept}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def seconds(value: float) -> str:
