@@ -287,6 +287,11 @@ class Artifact:
         return f"{self.store}/{name}: differs from the manifest's record; {self._redo(name)}"
 
 
+def content(records: Iterable[Record]) -> str:
+    """The digest of the payloads' hashes by name: what one artifact says in its spec of another that it depends on."""
+    return digest(sorted([record.name, record.hash] for record in records))
+
+
 def kind_of(store: Store) -> str:
     """The kind of a finished artifact, as its manifest says; FormatError when there is none."""
     if not store.exists("manifest.json"):

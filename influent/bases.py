@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from influent.artifact import Artifact, ArtifactWriter, Record, digest
+from influent.artifact import Artifact, ArtifactWriter, content
 from influent.collect import inputs_of, pack
 from influent.compress import Stage
 from influent.errors import CorruptError, DataError, MismatchError, NumericsError
@@ -222,11 +222,6 @@ class Calibration:
 
 def _mend(found: Artifact) -> str:
     return f"delete {found.store} and index again: the same sample gives the same bases"
-
-
-def content(records: list[Record]) -> str:
-    """What an index's spec says of its bases: the digest of their payloads' hashes."""
-    return digest(sorted([record.name, record.hash] for record in records))
 
 
 def _within(progress: Progress | None, number: int, passes: int, size: int) -> Callable[[int], None]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact, Record, kind_of
+from .artifact import Artifact, Record, content, kind_of
 from .codec import Codec, Factors
 from .errors import CorruptError, InfluentError, LayerError, SpecError
 from .layout import CAPTURED, IDS, STATS, Layout, Tensors, first_gap, num_rows
@@ -243,6 +243,8 @@ def verify(path: str | os.PathLike[str] | Store) -> dict[str, Any]:
         errors += _problems(lambda: _check_catalog(index))
     for folder in _fitted(store):
         errors += _problems(lambda folder=folder: Artifact.open(folder, kind_of(folder)).verify())
+    if "bases" in index.spec:
+        errors += _problems(lambda: _check_bases(index))
     return {"ok": not errors, "errors": errors}
 
 
@@ -257,6 +259,16 @@ def _check_catalog(index: Index) -> list[str]:
         if part.digest != entry["data"]:
             problems.append(f"{where}: its digest is {part.digest}, but the spec has {entry['data']}")
     return problems
+
+
+def _check_bases(index: Index) -> list[str]:
+    """The learned bases must be there, and those that the rows were made with: without them nothing can be asked."""
+    bases = index.store.child("bases")
+    if not bases.exists("manifest.json"):
+        return [f"{bases}: missing or unfinished, but the rows were compressed with it; restore it, or index again"]
+    if (got := content(Artifact.open(bases, "bases").records)) != index.spec["bases"]:
+        return [f"{bases}: its content is {got}, but the index was made with {index.spec['bases']}; restore it"]
+    return []
 
 
 def _problems(check: Callable[[], list[str]]) -> list[str]:

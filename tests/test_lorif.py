@@ -1,6 +1,7 @@
 """LoRIF as a user meets it: a row of the method table, from the index to the answer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -112,6 +113,14 @@ def test_an_index_killed_after_its_calibration_is_resumed_by_the_same_command(pl
     assert run(["info", str(index), "--json"]) == 0
     schema = json.loads((Path(__file__).parent.parent / "docs/schemas/info.json").read_text())
     jsonschema.validate(json.loads(capsys.readouterr().out), schema)
+
+
+def test_verify_misses_the_bases(place, tmp_path, capsys):
+    index = tmp_path / "index"
+    shutil.copytree(place / "index", index)
+    shutil.rmtree(index / "bases")
+    assert run(["verify", str(index)]) == 2
+    assert "bases: missing or unfinished" in " ".join(capsys.readouterr().out.split())
 
 
 def test_info_of_coded_rows_is_what_the_schema_says(place, capsys):
