@@ -57,6 +57,7 @@ Memory = Annotated[int | None, typer.Option(metavar="MIB", min=1, help="For the 
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
 ]
+SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")]
 TokenBudget = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a batch, padding included.")]
 
 
@@ -100,9 +101,7 @@ def index(
     shard_rows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rows a shard. Default: by size.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Index only the first so many rows.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the random projections.")] = 0,
-    skip_nonfinite: Annotated[
-        bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")
-    ] = False,
+    skip_nonfinite: SkipNonfinite = False,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -142,9 +141,7 @@ def append(
     data: Annotated[str, typer.Argument(metavar="DATA", help="More rows like those of the index, with new ids.")],
     model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
     token_budget: TokenBudget = 4096,
-    skip_nonfinite: Annotated[
-        bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")
-    ] = False,
+    skip_nonfinite: SkipNonfinite = False,
     device: Device = None,
     json: Json = False,
 ) -> None:

@@ -16,7 +16,7 @@ from influent.attach import Attached, Run, Setting, attach, check_same
 from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
 from influent.errors import DataError, SpecError
-from influent.gradients import LowRank
+from influent.kernels import prepare
 from influent.methods import own_curvature
 from influent.progress import Progress
 from influent.records import display_text, read_examples
@@ -24,7 +24,6 @@ from influent.reduce import Full, Pick, Ranked, TopK
 from influent.rowstore import Index
 from influent.storage import Store
 from influent.task import Encodes, Task
-from influent.truncate import truncate
 
 NORMALIZATIONS = ("none", "cosine", "relatif")
 SIGN = "positive = training on it lowered this loss"
@@ -113,16 +112,8 @@ def query(
 
 def _cut(queries: dict[str, Tensor], index: Index) -> dict[str, Tensor]:
     """Queries as LoRIF publishes them: of the rows' rank, in the layers whose rows are cut."""
-    found = {}
-    for key, q in queries.items():
-        factors = index.factors[key]
-        rank = index.codec.stored_rank(factors)
-        if factors is None or rank is None:
-            found[key] = q
-            continue
-        cut = truncate(q.unflatten(1, factors), rank)
-        found[key] = LowRank(cut.pairs.u, cut.pairs.v * cut.sigma.unsqueeze(-1)).flat()
-    return found
+    ranks = {key: index.codec.stored_rank(factors) for key, factors in index.factors.items()}
+    return {key: prepare(q, index.factors[key], ranks[key]).whole for key, q in queries.items()}
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
