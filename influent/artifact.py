@@ -234,10 +234,11 @@ class Artifact:
         """The tensors of one shard: views of one memory mapping from a local store, fetched one by one from a remote
         one. Sizes and offsets are checked here, hashes by `check` and `verify`."""
         record = self._by_name[name]
-        if self._last is None or self._last.name != record.payload:
+        last = self._last  # read once: another thread may open another shard meanwhile
+        if last is None or last.name != record.payload:
             # One shard stays open; more, and a scan's resident memory would grow with the index.
-            self._last = Payload(self.store, record.payload, record.bytes)
-        return self._last
+            self._last = last = Payload(self.store, record.payload, record.bytes)
+        return last
 
     def check(self, name: str, *, mend: str = "") -> None:
         """Raises CorruptError, naming the shard and what mends it, unless its bytes are those that were committed.

@@ -50,7 +50,7 @@ class Checkable(Protocol):
     def check(self) -> None: ...
 
 
-def check_bytes(shard: Shard) -> None:
+def check_bytes(shard: object) -> None:
     """Raises CorruptError, naming the shard, when its stored bytes are not those that were committed."""
     if isinstance(shard, Checkable):
         shard.check()

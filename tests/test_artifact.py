@@ -1,6 +1,8 @@
 """Artifacts and their payloads: bytes, digests, identity, resuming, and reading without a copy."""
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,20 @@ def test_a_scan_keeps_one_shard_mapped(tmp_path):
     for record in artifact.records:
         assert artifact.tensors(record.name)["w"].sum() == 15
     assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 1
+
+
+def test_two_threads_read_different_shards_at_once(tmp_path):
+    artifact, usual = committed(Store(tmp_path)), sys.getswitchinterval()
+
+    def wrong(name: str) -> int:
+        return sum(artifact.tensors(name).name != f"shards/{name}.safetensors" for _ in range(3000))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(wrong, ["s0", "s1"])) == [0, 0]
+    finally:
+        sys.setswitchinterval(usual)
 
 
 # -- writing
