@@ -1,12 +1,12 @@
-"""What retraining does to two small language models: the ground truth for the linear datamodelling score (LDS).
+"""What retraining does to three small language models: the ground truth for the linear datamodelling score (LDS).
 
-Two data sets of 1,000 rows of at most 64 tokens, the passages of a few documents; a query is a passage of such a
+Data sets of 1,000 rows of at most 64 tokens, the passages of a few documents; a query is a passage of such a
 document that is kept out of the training rows. A model starts from a base that has read the rest of the corpus, and
 is fine-tuned on all rows, and once for each random half of the rows and each seed of the order of the batches. The
-losses of the queries after each such training are what scores are to predict. In the Llama all parameters change; in
-the GPT-2 those of the linear layers, which are the ones that attribution tracks by default.
+losses of the queries after each such training are what scores are to predict. In the Llama and the Qwen2 all parameters
+change; in the GPT-2 those of the linear layers, which are the ones that attribution tracks by default.
 
-    python benchmarks/ground_truth.py --work DIR --model llama     # or gpt2; interrupted, it resumes
+    python benchmarks/ground_truth.py --work DIR --model llama     # gpt2, qwen; interrupted, it resumes
 
 DIR/llama gets tokenizer and final model (`model`), `train.jsonl`, `queries.jsonl`, and `truth.npz`: `losses`
 [subsets, seeds, queries] and `rows` [subsets, N] of booleans. About 45 minutes of one core a model.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Setting:
 SETTINGS = {
     "llama": Setting(corpus="bbc", passages=12, epochs=3, rate=2e-3, linear=False),
     "gpt2": Setting(corpus="sotu", passages=12, epochs=3, rate=2e-3, linear=True),
+    "qwen": Setting(corpus="brown", passages=12, epochs=3, rate=2e-3, linear=False),
 }
 
 
@@ -60,7 +62,7 @@ class Corpus:
 
 def documents(name: str) -> list[dict[str, str]]:
     """The corpus in a fixed random order, its white space made single spaces."""
-    path = {"bbc": fetch.bbc, "sotu": fetch.sotu}[name]()
+    path = {"bbc": fetch.bbc, "sotu": fetch.sotu, "brown": corpora.brown}[name]()
     read = [json.loads(line) for line in path.read_text().splitlines()]
     for document in read:
         document["text"] = " ".join(document["text"].split())
@@ -114,16 +116,24 @@ def divide(setting: Setting, tokenizer: Any) -> Corpus:
 
 def new_model(name: str) -> nn.Module:
     """About 332,000 parameters in linear layers, either way."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     torch.manual_seed(0)
-    if name == "llama":
-        config = LlamaConfig(
+    if name in ("llama", "qwen"):  # which has biases on queries, keys and values
+        made, kind = (LlamaForCausalLM, LlamaConfig) if name == "llama" else (Qwen2ForCausalLM, Qwen2Config)
+        config = kind(
             vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-        return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+        return made._from_config(config, attn_implementation="eager")
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=96, n_layer=3, n_head=4, n_positions=LENGTH, resid_pdrop=0, embd_pdrop=0,
         attn_pdrop=0, bos_token_id=None, eos_token_id=None,
