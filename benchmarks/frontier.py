@@ -1,10 +1,10 @@
-"""Quality against size: the LDS of every codec over every projection at four sizes of a row, on two language models.
+"""Quality against size: the LDS of every codec over every projection at four sizes of a row, on three language models.
 
 The ground truth of ground_truth.py must be in DIR. Each setting is the largest that fits the bytes of a row (all
 layers together, as `--row-bytes` counts them), scored with the exact block-diagonal Fisher matrix of the rows as
 stored. Damping: the best of a relative grid on a tenth of the queries, reported on the others; the default beside it.
 
-    python benchmarks/frontier.py --work DIR --model llama     # or gpt2; interrupted, it resumes; an hour or two each
+    python benchmarks/frontier.py --work DIR --model llama     # gpt2, qwen; it resumes; an hour or two each
     python benchmarks/frontier.py --work DIR --report          # results/frontier.json and docs/frontier.png
 """
 
@@ -58,7 +58,7 @@ LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
     (("whiten 1/2",), RULES, (0,), SMALL),
-    (("whiten 1/4", "pca", "whiten 1/2, kfac"), ("rank:side/8:int4",), (0,), MIDDLE),
+    (("whiten 1/4", "pca", "whiten 1/2, kfac"), ("rank:side/8:int4", RULE), (0,), MIDDLE),
     (("gauss",), ("rank:side/8:int4", "rank:1:int4"), (0,), SMALL),
     (("gauss",), ("rank:1:bf16", "rank:4:bf16"), (0,), MIDDLE),
     (("whiten 1/2",), ("dense:sign", "dense:int4", "bf16"), (0,), SMALL),
@@ -205,7 +205,7 @@ def references(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", choices=("llama", "gpt2"))
+    parser.add_argument("--model", choices=("llama", "gpt2", "qwen"))
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -44,7 +44,7 @@ def through_the_package(folder: Path, entry: dict[str, Any]) -> tuple[np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", choices=("llama", "gpt2"), required=True)
+    parser.add_argument("--model", choices=("llama", "gpt2", "qwen"), required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
     folder, found = given.work / given.model, []

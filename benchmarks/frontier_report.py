@@ -192,7 +192,7 @@ LINES = (
     ("gauss", "bf16", "LoGRA: random, dense bf16", "C0", "s--"),
     ("factgrass", "bf16", "FactGraSS, bf16", "C2", "s--"),
 )
-TITLES = {"llama": "Llama, BBC news", "gpt2": "GPT-2, State of the Union"}
+TITLES = {"llama": "Llama, BBC news", "gpt2": "GPT-2, State of the Union", "qwen": "Qwen2, Brown corpus"}
 
 
 def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
