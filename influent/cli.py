@@ -1,30 +1,36 @@
 """The command line: every verb parses, checks what can be checked at once, calls its namesake of the API, prints.
 
 Does: one line on stderr and exit code 2 for anything a user can mend; progress on stderr; one JSON document on stdout
-with `--json`. Does not: compute. Whatever imports torch is imported inside the verb, after the checks.
+with `--json`. Does not: compute. Whatever imports torch is imported inside the verb, after the checks. Verbs of another
+theme are plain functions of their own module (`cli_THEME.py`, over options.py and terminal.py), registered at the end.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 import influent
 from influent import preflight
 from influent.errors import InfluentError
-from influent.progress import Progress
+from influent.options import (
+    CurvatureName,
+    Damping,
+    Device,
+    FitDamping,
+    IndexPath,
+    Json,
+    Memory,
+    Out,
+    Parity,
+    SkipNonfinite,
+    TokenBudget,
+)
+from influent.terminal import print_document, progress_bars
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-Doc = Mapping[str, Any]
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 METHODS = ("factgrass", "lorif", "logra", "grass", "graddot")
@@ -35,30 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Which training examples made a language model say that.",
 )
-
-IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that `influent index` wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
-DAMPING = "relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: "
-FitDamping = Annotated[
-    str | None,
-    typer.Option(metavar="D", help=f"{DAMPING}relative:0.1; of low rank relative:1 (shown now, chosen at the query)."),
-]
-Damping = Annotated[
-    str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of low rank 1.")
-]
-CurvatureName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
-]
-Parity = Annotated[
-    str | None, typer.Option(metavar="RULE", help="LoRIF's published damping: paper or release (for lowrank, sketch).")
-]
-Memory = Annotated[int | None, typer.Option(metavar="MIB", min=1, help="For the rows held at a time. Default: 256.")]
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
-]
-SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")]
-TokenBudget = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a batch, padding included.")]
 
 
 @app.command()
@@ -122,7 +104,7 @@ def index(
     preflight.layers(model, layers, exclude)
     numerics = {"dtype": dtype, "matmul": matmul}
     preflight.place(out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics})
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = influent.index(
             model, data, out=out, method=method, compress=compress, row_bytes=row_size, rows=rows, layers=layers,
             exclude=exclude,
@@ -132,7 +114,7 @@ def index(
         )  # fmt: skip
     from influent.report import print_info
 
-    _print(document, print_info, json=json)
+    print_document(document, print_info, json=json)
 
 
 @app.command()
@@ -151,14 +133,14 @@ def append(
     """
     preflight.data(data)
     preflight.same_model(preflight.index(index), model)
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = influent.append(
             index, data, model=model, token_budget=token_budget, skip_nonfinite=skip_nonfinite, device=device,
             progress=progress,
         )  # fmt: skip
     from influent.report import print_info
 
-    _print(document, print_info, json=json)
+    print_document(document, print_info, json=json)
 
 
 @app.command()
@@ -179,11 +161,11 @@ def fit(
     preflight.curvature(curvature)
     preflight.damping(damping)
     preflight.index(index)
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = influent.fit(index, curvature=curvature, damping=damping, memory=memory, progress=progress)
     from influent.report import print_fit
 
-    _print(document, print_fit, json=json)
+    print_document(document, print_fit, json=json)
 
 
 @app.command()
@@ -224,7 +206,7 @@ def query(
     preflight.same_model(opened, model)
     preflight.queries("--queries", queries)
     preflight.queries("--control", control)
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = influent.query(
             index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
             normalize=normalize, curvature=curvature, damping=damping, parity=parity, query_rank=query_rank,
@@ -234,7 +216,7 @@ def query(
 
     if out is not None:
         write_table(list(query_records(document)), out)
-    _print(document, print_query, json=json)
+    print_document(document, print_query, json=json)
 
 
 @app.command("self")
@@ -257,7 +239,7 @@ def self_influence(
     preflight.parity(parity)
     preflight.output("--out", out, (".parquet", ".csv"))
     preflight.index(index)
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = influent.self_influence(
             index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, progress=progress
         )
@@ -265,7 +247,7 @@ def self_influence(
 
     if out is not None:
         write_table(list(self_records(document)), out)
-    _print(document, print_self, json=json)
+    print_document(document, print_self, json=json)
 
 
 @app.command()
@@ -277,7 +259,7 @@ def info(index: IndexPath, json: Json = False) -> None:
     preflight.index(index)
     from influent.report import print_info
 
-    _print(influent.info(index), print_info, json=json)
+    print_document(influent.info(index), print_info, json=json)
 
 
 @app.command()
@@ -290,7 +272,7 @@ def verify(index: IndexPath, json: Json = False) -> None:
     from influent.report import print_verify
 
     document = influent.verify(index)
-    _print(document, print_verify, json=json)
+    print_document(document, print_verify, json=json)
     if not document["ok"]:
         raise typer.Exit(2)
 
@@ -307,9 +289,9 @@ def demo(
     from influent.demo import demo as run
     from influent.demo import page
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         document = run(out, progress=progress)
-    _print(document, page, json=json)
+    print_document(document, page, json=json)
 
 
 def main() -> None:
@@ -342,58 +324,6 @@ def _complain(message: str, code: int) -> int:
     line = " ".join(message.split())
     sys.stderr.write(f"influent: {line}\n")
     return code
-
-
-def _print(document: Doc, page: Callable[[Doc, Console], None], *, json: bool) -> None:
-    if json:
-        from influent.report import json_text
-
-        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        sys.stdout.write(json_text(document, ascii_only=not unicode) + "\n")
-        return
-    from rich.console import Console
-
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
-    page(document, Console(highlight=False))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Rich bars on stderr, one a stage, with rate and time left; nothing when stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.console import Console
-    from rich.logging import RichHandler
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    logger, handler = logging.getLogger("influent"), RichHandler(console=console, show_path=False, show_level=False)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)  # what is about to be written, and how much
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int, /) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None, rate="")
-            bars.update(tasks[stage], completed=done, total=total or None)
-            speed = bars.tasks[tasks[stage]].speed
-            bars.update(tasks[stage], rate=f"{speed:,.1f}/s" if speed else "")
-
-        yield show
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ LEVELS = [
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score"],
-    ["cli", "demo", "preflight", "report"],
+    ["cli", "demo", "options", "preflight", "report", "terminal"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
@@ -31,6 +31,7 @@ LIGHT = [
     "damping",
     "errors",
     "methods",
+    "options",
     "preflight",
     "progress",
     "artifact",
@@ -40,6 +41,7 @@ LIGHT = [
     "rowstore",
     "rowwriter",
     "storage",
+    "terminal",
 ]
 PACKAGE = Path(influent.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

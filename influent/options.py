@@ -1,0 +1,34 @@
+"""The command line's options that several verbs share, each said once: its flag, its metavar and its help.
+
+Does not: check a value (preflight.py) or use one (the verbs).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory that `influent index` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the rows: .parquet or .csv.")]
+DAMPING = "relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: "
+FitDamping = Annotated[
+    str | None,
+    typer.Option(metavar="D", help=f"{DAMPING}relative:0.1; of low rank relative:1 (shown now, chosen at the query)."),
+]
+Damping = Annotated[
+    str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of low rank 1.")
+]
+CurvatureName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
+]
+Parity = Annotated[
+    str | None, typer.Option(metavar="RULE", help="LoRIF's published damping: paper or release (for lowrank, sketch).")
+]
+Memory = Annotated[int | None, typer.Option(metavar="MIB", min=1, help="For the rows held at a time. Default: 256.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
+]
+SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Skip rows with a NaN loss, counted.")]
+TokenBudget = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a batch, padding included.")]
