@@ -1,5 +1,6 @@
 """Corpora that only benchmarks read; those of the demo and the tests are in influent.fetch."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,41 @@ def sentence(words: list[str]) -> str:
         word = MARKS.get(word, word)
         text += word if not text or word in CLOSING or text[-1] == "(" else f" {word}"
     return text
+
+
+MUSIC21 = fetch.Package(
+    "pip",
+    "music21",
+    "10.5.1",
+    "music21-10.5.1-py3-none-any.whl",
+    "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1",
+)
+TUNE = re.compile(r"^X:", re.MULTILINE)
+FIELD = re.compile(r"^[A-Za-z]:")
+ORNAMENT = re.compile(r'"[^"]*"|\{[^}]*\}|![^!]*!|\[[A-Za-z]:[^\]]*\]|%.*')
+# A note with its accidental, octave and length; a rest; a tuplet; a broken rhythm; a tie; bars and repeats.
+SYMBOL = re.compile(r"[_^=]*[A-Ga-g][,']*\d*/*\d*|[zx]\d*/*\d*|\(\d|[<>]|-|\|?:?\|+:?\]?|:\||\|:")
+
+
+def tunes() -> Path:
+    """The tunes in ABC notation of the music21 corpus as JSONL: text = key, metre and symbols, divided by spaces;
+    source = collection. The encodings are free to use, some for no commercial end: fetched, never redistributed."""
+    return fetch._publish(
+        fetch.cache() / "tunes-10.5.1.jsonl", lambda to: fetch._write_jsonl(to, tune_rows(fetch.package(MUSIC21)))
+    )
+
+
+def tune_rows(archive: Path) -> Iterator[dict[str, str]]:
+    for name, payload in fetch._members(archive, ".abc"):
+        for number, tune in enumerate(TUNE.split(payload.decode("latin-1"))[1:]):
+            if symbols := tune_symbols(tune):
+                yield {"id": f"{name.parent.name}/{name.stem}/{number}", "text": symbols, "source": name.parent.name}
+
+
+def tune_symbols(tune: str) -> str:
+    """Metre, key and melody of one tune; words, ornaments and chords by name are left out."""
+    lines = [line.strip() for line in tune.splitlines()]
+    head = [line.replace(" ", "") for line in lines if line[:2] in ("M:", "K:")][:2]
+    body = " ".join(ORNAMENT.sub(" ", line) for line in lines[1:] if not FIELD.match(line))
+    found = SYMBOL.findall(body)
+    return " ".join([*head, *found]) if len(found) >= 16 else ""
