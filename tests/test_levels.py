@@ -13,7 +13,7 @@ import influent
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients", "hashing",
-     "hub", "loading", "maps", "payload", "records", "reduce", "sides", "task", "tokenloss", "truncate"],
+     "hub", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task", "tokenloss", "truncate"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score"],
