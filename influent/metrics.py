@@ -156,11 +156,9 @@ def bootstrap_rows(
     bad, good = flags.nonzero()[0], (~flags).nonzero()[0]
     found = []
     for i in range(resamples):
-        words = (
-            stream.buckets(len(bad), len(bad)),
-            Stream(seed, "bootstrap", "others", str(i)).buckets(len(good), len(good)),
-        )
-        picked = np.concatenate([bad[words[0]], good[words[1]]])
+        ours = Stream(seed, "bootstrap", "flagged", str(i)).buckets(len(bad), len(bad))
+        others = Stream(seed, "bootstrap", "others", str(i)).buckets(len(good), len(good))
+        picked = np.concatenate([bad[ours], good[others]])
         found.append(metric(scores[picked], flags[picked]))
     return Interval(metric(scores, flags), *_quantiles(np.array(found), level))
 
