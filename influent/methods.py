@@ -34,10 +34,13 @@ DEFAULT_LENGTH = 512
 class Method:
     """One row of the table: what is differentiated, how it is compressed and stored, and a query's curvature."""
 
-    target: str
+    target: str  # loss, or margin: see task.Margins
     sized: Callable[[int], str]  # the compressor whose rows have side * side entries a layer
     curvature: str
     codec: Callable[[int], str] = lambda side: "float32"  # how such rows are stored
+    key: str = "block"  # a row for each block, or `all`: one for the gradients of all blocks together
+    members: str = "mean"  # how several checkpoints make one score: their mean, or weighted by their learning `rates`
+    scale: str = "none"  # what multiplies a row's score: nothing, or its `residual`
 
     @property
     def compress(self) -> str:

@@ -1,6 +1,6 @@
 """The verb `query`: gradients of queries, preconditioned, against every stored row, with baselines beside them.
 
-Not here: the arithmetic (score.py, reduce.py), rendering (report.py).
+Not here: the queries' gradients and curvature (solving.py), the arithmetic (score.py, reduce.py), the page (report.py).
 """
 
 import io
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from influent import baselines, score
-from influent.attach import Attached, Run, Setting, attach, check_same
+from influent.attach import Run, Setting, attach, check_same
 from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
 from influent.errors import DataError, SpecError
-from influent.kernels import prepare
 from influent.methods import own_curvature
 from influent.progress import Progress
 from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
 from influent.rowstore import Index
+from influent.solving import Asked, solve
 from influent.storage import Store
 from influent.task import Encodes, Task
 
@@ -79,41 +79,30 @@ def query(
         raise SpecError(
             f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {opened.codec}"
         )
-    asked, shown = _read(_given(prompt, completion, queries), task)
-    against, _ = _read(control, task) if control is not None else ([], [])
+    examples, shown = _read(_given(prompt, completion, queries), task)
+    asked = Asked(examples, None if control is None else _read(control, task)[0])
+    words = [display_text(content) for content in shown]
     fitted = choose_curvature(
         opened, curvature, damping, own=own_curvature(opened), parity=parity, memory=memory, progress=progress
     )
-    words = [display_text(content) for content in shown]
     run = Run(token_budget=token_budget, device=device)
     with attach(model_of(model, opened), task, setting_of(opened), run, index=opened.store) as attached:
         check_same(opened, attached)
-        rows = _gradients(attached, asked, "query", progress)
-        if control is not None:
-            rows = score.contrast(rows, _gradients(attached, against, "control", progress))
-            words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
-            shown = [{"text": f"mean of {len(asked)} queries minus mean of {len(against)} controls"}]
-    if parity is not None:
-        rows = _cut(rows, opened)
-    solved = score.precondition(rows, fitted, progress=progress)
+        solved = solve(attached, opened, fitted, asked, published=parity is not None, progress=progress)
+    if asked.controls is not None:
+        words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
+        shown = [{"text": f"mean of {len(examples)} queries minus mean of {len(asked.controls)} controls"}]
     drawn = baselines.random_rows(opened.n, len(shown), k=k, seed=0)
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
     if scores is not None:
         reducers["full"] = Full()
     own = score.self_influence(opened, fitted, progress=progress) if normalize == "relatif" else None
-    found = score.score(
-        opened, solved, reducers, normalize=normalize, self_influence=own, query_rank=query_rank, progress=progress
-    )
+    members = [score.Member(opened, solved, self_influence=own)]
+    found = score.score_members(members, reducers, normalize=normalize, query_rank=query_rank, progress=progress)
     if scores is not None:
         _save(found["full"], scores)
     by_words = baselines.bm25(opened.catalog, words, k=k)
     return _document(opened, fitted, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
-
-
-def _cut(queries: dict[str, Tensor], index: Index) -> dict[str, Tensor]:
-    """Queries as LoRIF publishes them: of the rows' rank, in the layers whose rows are cut."""
-    ranks = {key: index.codec.stored_rank(factors) for key, factors in index.factors.items()}
-    return {key: prepare(q, index.factors[key], ranks[key]).whole for key, q in queries.items()}
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -154,18 +143,6 @@ def setting_of(index: Index) -> Setting:
         max_length=notes["max_length"], dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"],
         seed=spec["seed"],
     )  # fmt: skip
-
-
-def _gradients(attached: Attached, examples: Sequence[Any], what: str, progress: Progress | None) -> dict[str, Tensor]:
-    def tell(share: float) -> None:
-        if progress is not None:
-            progress(what, int(share * len(examples)), len(examples))
-
-    made = attached.collector.collect(examples, name=lambda i: f"{what} {i}", query=True, progress=tell)
-    if made.skipped:
-        reason, rows = next(iter(made.skipped.items()))
-        raise DataError(f"{what} {min(rows)} has {reason}: a completion (or a text of two tokens or more) is needed")
-    return made.rows
 
 
 def _save(matrix: Tensor, path: str) -> None:

@@ -1,8 +1,9 @@
-"""Queries against stored rows: one pass over the shards for any number of queries and reducers.
+"""Queries against rows: one pass over the shards for any number of queries and reducers, of one index or of several.
 
-Shards outside, blocks inside: each stored row is read once, whatever is asked. Also what prepares a query
-(`precondition`, `contrast`) and what normalises a score (`self_influence`). What is kept of the scores is a reducer's
-business; the products are `kernels.py`'s, fitting is `curvature.py`'s.
+Windows of rows outside, members and blocks inside: each row is read once, whatever is asked. A member is one index
+(one checkpoint) with its own queries; members score the same rows in lockstep, and the reducers see one weighted sum.
+Also what prepares a query (`precondition`, `contrast`) and what normalises a score (`self_influence`). What is kept of
+the scores is a reducer's business; the products are `kernels.py`'s, fitting is `curvature.py`'s.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,20 @@ FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32,
 WINDOW_SCORES = 1 << 22  # scores held at once, in float64
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """Rows, what is asked of them, and the weight of the answer.
+
+    `queries` are block -> [Q, K], preconditioned if a curvature is wanted; `self_influence` [N] is that of these rows
+    under the same curvature, for relatif alone.
+    """
+
+    index: RowSource
+    queries: Queries
+    weight: float = 1.0
+    self_influence: Float[Tensor, " N"] | None = None
+
+
 def score(
     index: RowSource,
     queries: Queries,
@@ -42,36 +56,51 @@ def score(
     query_rank: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores s = sum over blocks of <q, g_i>, pushed to every reducer; the result is one value per reducer's name.
+    """`score_members` of the one member with this index, these queries and the weight 1."""
+    member = Member(index, queries, self_influence=self_influence)
+    return score_members([member], reducers, normalize=normalize, query_rank=query_rank, progress=progress)
 
-    `queries` are block -> [Q, K], preconditioned if a curvature is wanted. Larger = training on row i pushed the
-    measured quantity further the query's way. `normalize` is `none`, `cosine`, s / (|q| |g_i|), or `relatif`,
-    s / sqrt(h_i) with h the `self_influence` [N] under the same curvature (Barshan et al., 2020). A row of zeros
-    scores 0 in each of them. `query_rank` cuts each query's matrix to its best pairs, before rows of pairs alone: less
-    work, and other scores; `query_energy` says what the cut keeps.
-    Raises MismatchError for queries that do not fit the index, NumericsError for values that are not finite, and
-    CorruptError, naming the shard, when its bytes are not those that were committed.
+
+@torch.no_grad()
+def score_members(
+    members: Sequence[Member],
+    reducers: Mapping[str, Reducer[Any]],
+    *,
+    normalize: str = "none",
+    scale: Float[Tensor, " N"] | None = None,
+    query_rank: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores s = sum over members of weight * s_m, pushed to every reducer; one value per reducer's name.
+
+    A member's s_m = sum over blocks of <q, g_i>. Larger = training on row i pushed the measured quantity further the
+    query's way. `normalize` is `none`, `cosine`, s_m / (|q| |g_i|), or `relatif`, s_m / sqrt(h_i) with h the member's
+    self-influence (Barshan et al., 2020): each member is normalised before they are added. A row of zeros scores 0 in
+    each of them. `scale` [N] multiplies the sum of each row at last. `query_rank` cuts each query's matrix to its best
+    pairs, before rows of pairs alone: less work, and other scores; `query_energy` says what the cut keeps.
+
+    Members have the same rows, and may have them in other shards: a window of rows lies in one shard of each.
+    Raises MismatchError for queries that do not fit their index, or members that do not fit each other, NumericsError
+    for values that are not finite, and CorruptError, naming the shard, when its bytes are not the committed ones.
     """
-    num_queries = _check(index, queries, normalize, self_influence)
-    blocks = [_block(index, key, queries[key], query_rank) for key in index.widths]
-    length = _squares(index, queries).sum(0).sqrt()
-    spread = None if self_influence is None else self_influence.double().sqrt()  # [N]
+    num_queries = _check_members(members, normalize, scale)
+    scorers = [_Scorer.of(member, normalize, query_rank) for member in members]
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
+    size, n = max(1, WINDOW_SCORES // num_queries), members[0].index.n
     with _full_float32():
-        for shard in _checked(index.shards):
-            for ids, scores, squares in _raw_scores(shard, blocks, norms=normalize == "cosine"):
-                if not isfinite(float(scores.sum())):
-                    _blame_rows(shard, blocks)
-                if normalize == "cosine":
-                    scores = _divide(scores, length[:, None] * squares.sqrt())
-                elif spread is not None:
-                    scores = _divide(scores, spread[ids])
-                # One rounding before the reducers, so that ranks and the full matrix agree on what is a tie.
-                final = scores.float()
-                for name, reducer in reducers.items():
-                    accumulators[name] = reducer.push(accumulators[name], ids, final)
-            if progress is not None:
-                progress("score", shard.hi, index.n)
+        for lo, hi, shards in _windows([member.index for member in members], size):
+            ids = shards[0].ids[lo - shards[0].lo : hi - shards[0].lo]
+            total = scorers[0](shards[0], lo, hi)
+            for scorer, shard in zip(scorers[1:], shards[1:], strict=True):
+                total += scorer(shard, lo, hi)
+            if scale is not None:
+                total *= scale[lo:hi].double()
+            # One rounding before the reducers, so that ranks and the full matrix agree on what is a tie.
+            final = total.float()
+            for name, reducer in reducers.items():
+                accumulators[name] = reducer.push(accumulators[name], ids, final)
+            if progress is not None and hi == shards[0].hi:
+                progress("score", hi, n)
     return {name: reducer.result(accumulators[name]) for name, reducer in reducers.items()}
 
 
@@ -158,55 +187,105 @@ def _squares(index: RowSource, queries: Queries) -> Float[Tensor, "blocks Q"]:
     return torch.stack([Flat(queries[key].detach().cpu()).squares() for key in index.widths])
 
 
-def _checked(shards: Sequence[Shard]) -> Iterator[Shard]:
-    """The shards, each once its bytes are known to be sound; the next one's hash is taken while this one is scored,
-    whose rows then come from the page cache."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(check_bytes, shard) for shard in shards[:1]]
-        for i, shard in enumerate(shards):
-            ahead.pop().result()
-            ahead += [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]]
-            yield shard
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scorer:
+    """One member made ready: weighted and normalised scores of a window of its rows."""
 
+    blocks: Sequence[_Block]
+    weight: float
+    lengths: Float[Tensor, " Q"] | None  # for cosine
+    spread: Float[Tensor, " N"] | None  # for relatif
 
-def _raw_scores(shard: Shard, blocks: Sequence[_Block], *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(ids [n], scores [Q, n] float64, squared row norms [n] float64, zeros unless asked for), by windows of rows."""
-    ids = shard.ids
-    num_queries = max(len(block.queries) for block in blocks)
-    size = max(1, WINDOW_SCORES // num_queries)
-    for lo in range(0, len(ids), size):
-        window = ids[lo : lo + size]
-        scores = torch.zeros(num_queries, len(window), dtype=torch.float64)
-        squares = torch.zeros(len(window), dtype=torch.float64)
-        for block in blocks:
-            for at, row in _pieces(shard, block, lo, lo + len(window)):
+    @staticmethod
+    def of(member: Member, normalize: str, query_rank: int | None) -> "_Scorer":
+        index, h = member.index, member.self_influence
+        blocks = [_block(index, key, member.queries[key], query_rank) for key in index.widths]
+        lengths = _squares(index, member.queries).sum(0).sqrt() if normalize == "cosine" else None
+        return _Scorer(blocks, member.weight, lengths, None if h is None else h.double().sqrt())
+
+    def __call__(self, shard: Shard, lo: int, hi: int) -> Float[Tensor, "Q n"]:
+        """Rows lo to hi of the index, which lie in `shard`; float64."""
+        scores = torch.zeros(max(len(block.queries) for block in self.blocks), hi - lo, dtype=torch.float64)
+        squares = torch.zeros(hi - lo, dtype=torch.float64)
+        for block in self.blocks:
+            for at, row in _pieces(shard, block, lo, hi):
                 into = slice(at - lo, at - lo + len(row))
                 block.queries.add(scores[:, into], row)
-                if norms:
+                if self.lengths is not None:
                     squares[into] += row.squares()
-        yield window, scores, squares
+        if not isfinite(float(scores.sum())):
+            _blame_rows(shard, self.blocks)
+        if self.lengths is not None:
+            scores = _divide(scores, self.lengths[:, None] * squares.sqrt())
+        elif self.spread is not None:
+            scores = _divide(scores, self.spread[lo:hi])
+        return scores if self.weight == 1 else scores * self.weight
+
+
+def _windows(indexes: Sequence[RowSource], size: int) -> Iterator[tuple[int, int, list[Shard]]]:
+    """(lo, hi, the shard of each index that holds these rows): all rows in order, at most `size` at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [_checked(index.shards, pool) for index in indexes]
+        held: list[Shard] = []
+        lo, end = 0, indexes[0].n
+        while lo < end:
+            held = [
+                shard if lo < shard.hi else next(a) for shard, a in zip(held or map(next, ahead), ahead, strict=True)
+            ]
+            hi = min(lo + size, *(shard.hi for shard in held))
+            yield lo, hi, held
+            lo = hi
+
+
+def _checked(shards: Sequence[Shard], pool: ThreadPoolExecutor) -> Iterator[Shard]:
+    """The shards, each once its bytes are known to be sound; the next one's hash is taken while this one is scored,
+    whose rows then come from the page cache."""
+    ahead = [pool.submit(check_bytes, shard) for shard in shards[:1]]
+    for i, shard in enumerate(shards):
+        ahead.pop().result()
+        ahead += [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]]
+        yield shard
 
 
 def _pieces(shard: Shard, block: _Block, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
+    """Rows lo to hi of the index, from their shard, some at a time: (the first one's number, rows)."""
     for at in range(lo, hi, block.step):
-        yield at, shard.grads(block.key, at, min(at + block.step, hi))
+        yield at, shard.grads(block.key, at - shard.lo, min(at + block.step, hi) - shard.lo)
 
 
 def _blame_rows(shard: Shard, blocks: Iterable[_Block]) -> None:
     """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
     for block in blocks:
-        for lo, row in _pieces(shard, block, 0, len(shard.ids)):
+        for lo, row in _pieces(shard, block, shard.lo, shard.hi):
             sides = [row.g] if isinstance(row, Flat) else [row.u, row.v]
             finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in sides]).all(dim=0)
             if not bool(finite.all()):
                 raise NumericsError(
-                    f"shard {shard.name}, block {block.key!r}, row {shard.lo + lo + int((~finite).nonzero()[0])}: "
+                    f"shard {shard.name}, block {block.key!r}, row {lo + int((~finite).nonzero()[0])}: "
                     "the index's rows are not finite: run `influent verify` on the index"
                 )
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:
     return torch.where(by > 0, scores / by, 0.0)
+
+
+def _check_members(members: Sequence[Member], normalize: str, scale: Tensor | None) -> int:
+    """The number of queries; an error for members that do not fit together."""
+    if not members:
+        raise DataError("score: expected at least one member, got none")
+    counts = [_check(m.index, m.queries, normalize, m.self_influence) for m in members]
+    for number, (member, count) in enumerate(zip(members, counts, strict=True)):
+        if (got := (member.index.n, count)) != (wanted := (members[0].index.n, counts[0])):
+            raise MismatchError(
+                f"member {number}: expected {wanted[0]} rows and {wanted[1]} queries as member 0 has, got {got[0]} and "
+                f"{got[1]}"
+            )
+        if not isfinite(member.weight):
+            raise NumericsError(f"member {number}: expected a finite weight, got {member.weight}")
+    if scale is not None and (len(scale) != members[0].index.n or not bool(scale.isfinite().all())):
+        raise MismatchError(f"scale: expected a finite number for each of {members[0].index.n} rows, got {len(scale)}")
+    return counts[0]
 
 
 def _check(index: RowSource, queries: Queries, normalize: str, self_influence: Tensor | None) -> int:

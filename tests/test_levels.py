@@ -16,7 +16,7 @@ LEVELS = [
      "hub", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task", "tokenloss", "truncate"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
-    ["appending", "attach", "choosing", "filling", "methods", "querying", "score"],
+    ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving"],
     ["cli", "demo", "options", "preflight", "report", "terminal"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

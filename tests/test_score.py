@@ -16,7 +16,7 @@ from influent.errors import CorruptError, DataError, MismatchError, NumericsErro
 from influent.gradients import Flat
 from influent.reduce import Full, Moments, SumBy, TopK
 from influent.rowstore import Index, Shard
-from influent.score import contrast, precondition, score, self_influence
+from influent.score import Member, contrast, precondition, score, score_members, self_influence
 
 WIDTHS = {"a": 5, "b": 17, "c": 1}
 
@@ -333,3 +333,40 @@ def test_a_row_that_is_not_finite_is_blamed_and_not_the_query(tmp_path, normaliz
     message = "shard 000001, block 'b', row 7: the index's rows are not finite: run `influent verify`"
     with pytest.raises(NumericsError, match=message):
         all_scores(index, some_queries(WIDTHS, 2), normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine", "relatif"])
+def test_members_with_other_shards_and_widths_add_up_in_lockstep(tmp_path, monkeypatch, normalize):
+    monkeypatch.setattr(score_module, "WINDOW_SCORES", 10)
+    weights, members, expected = (0.5, 2.0, -1.0), [], []
+    for number, (weight, shard_rows) in enumerate(zip(weights, (7, 4, 23), strict=True)):
+        widths = {"a": 5 + number, f"b{number}": 3}
+        index = write_index(tmp_path / str(number), random_rows(23, widths, seed=number), shard_rows=shard_rows)
+        queries = some_queries(widths, 3, seed=number)
+        h = self_influence(index, fit(index, curvature="identity")) if normalize == "relatif" else None
+        members.append(Member(index, queries, weight, h))
+        expected.append(weight * all_scores(index, queries, normalize=normalize, self_influence=h).double())
+    assert_near(score_members(members, {"all": Full()}, normalize=normalize)["all"], torch.stack(expected).sum(0))
+    scale = torch.rand(23)
+    scaled = score_members(members, {"all": Full()}, normalize=normalize, scale=scale)["all"]
+    assert_near(scaled, torch.stack(expected).sum(0) * scale)
+    seen = []
+    score_members(members, {"top": TopK(2)}, normalize=normalize, progress=lambda *now: seen.append(now))
+    assert seen == [("score", done, 23) for done in (7, 14, 21, 23)]
+
+
+def test_members_that_do_not_fit_each_other_are_refused(tmp_path):
+    first = write_index(tmp_path / "1", random_rows(9, WIDTHS))
+    second = write_index(tmp_path / "2", random_rows(8, WIDTHS))
+    queries = some_queries(WIDTHS, 2)
+    one = Member(first, queries)
+    for members, error, message in [
+        ([], DataError, "at least one member"),
+        ([one, Member(second, queries)], MismatchError, "member 1: expected 9 rows and 2 queries .* got 8 and 2"),
+        ([one, Member(first, some_queries(WIDTHS, 3))], MismatchError, "got 9 and 3"),
+        ([one, Member(first, queries, float("nan"))], NumericsError, "member 1: expected a finite weight"),
+    ]:
+        with pytest.raises(error, match=message):
+            score_members(members, {"all": Full()})
+    with pytest.raises(MismatchError, match="scale: expected a finite number for each of 9 rows, got 8"):
+        score_members([one], {"all": Full()}, scale=torch.ones(8))
