@@ -57,17 +57,18 @@ LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
+    (("whiten 1/2",), (RULE,), (0,), BUDGETS),
+    (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
+    (("whiten 1/2",), (RULE,), (1, 2), SMALL),
     (("whiten 1/2",), RULES, (0,), SMALL),
     (("whiten 1/4", "pca", "whiten 1/2, kfac"), ("rank:side/8:int4", RULE), (0,), MIDDLE),
     (("gauss",), ("rank:side/8:int4", "rank:1:int4"), (0,), SMALL),
     (("gauss",), ("rank:1:bf16", "rank:4:bf16"), (0,), MIDDLE),
     (("whiten 1/2",), ("dense:sign", "dense:int4", "bf16"), (0,), SMALL),
-    (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
-    (("whiten 1/2",), (RULE, "dense:sign"), (1, 2), SMALL),
+    (("whiten 1/2",), ("dense:sign",), (1, 2), SMALL),
     (("gauss",), (RULE,), (0,), MIDDLE),
     (("whiten 1/2",), INT4, (0,), MIDDLE[::-1]),
     (("pca", "mask", "sjlt"), (RULE,), (0,), MIDDLE),
-    (("whiten 1/2",), (RULE,), (0,), BUDGETS),
     (("mask", "sjlt"), ("rank:8:int4", "bf16", "rank:4:bf16"), (0,), MIDDLE),
     (("whiten 1/2",), (*FLOAT, *OTHER), (0,), MIDDLE),
     (("gauss",), (*INT4, *FLOAT, *OTHER), (0,), MIDDLE),
@@ -75,7 +76,7 @@ GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]],
     (("gauss", "whiten 1/2", "whiten 1/2, kfac"), (*INT4, *FLOAT, *OTHER), (0,), SMALL),
     (("mask", "sjlt", "rademacher"), (RULE, *INT4, *FLOAT, "bf16", "dense:int4"), (0,), SMALL),
 )
-SAME_WIDTH_AFTER = 7  # groups
+SAME_WIDTH_AFTER = 9  # groups
 MIN_SHARE = 0.55  # of the budget; a setting that cannot use more has run out of layer
 
 
