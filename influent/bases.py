@@ -6,7 +6,7 @@ them from there. Not here: the moments (moments.py), the maps (maps.py), what an
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from influent.compress import Stage
 from influent.errors import CorruptError, DataError, MismatchError, NumericsError
 from influent.extract import NonFinite, visit
 from influent.layers import Block, Plan, device_of
-from influent.moments import Moments, Sided, basis, check_widths, num_bytes
+from influent.moments import Moments, Sided, basis, check_widths, in_groups, num_bytes
 from influent.progress import Progress
 from influent.rng import Stream
 from influent.storage import Store
@@ -84,7 +84,8 @@ class Calibration:
         size = min(sample.n, self.size)
         writer = ArtifactWriter.open(store, KIND, self._spec(sample, size))
         if not writer.committed:
-            groups = list(self._groups([block for block in self.plan.blocks if block.name not in writer.records]))
+            left = [block for block in self.plan.blocks if block.name not in writer.records]
+            groups = list(in_groups(left, lambda block: num_bytes(block, self.stage.moments), self.memory))
             parts = self._parts(sample, size) if groups else []
             for number, group in enumerate(groups):
                 log.info("learning %s: %d blocks, pass %d of %d", self.stage, len(group), number + 1, len(groups))
@@ -145,17 +146,6 @@ class Calibration:
 
     def _spec(self, sample: Sample, size: int) -> dict[str, Any]:
         return {**self._shared(), "data": sample.digest, "rows": size, "damping": self.damping}
-
-    def _groups(self, blocks: list[Block]) -> Iterator[list[Block]]:
-        """The blocks in order, so many at a time as the memory for moments allows; at least one."""
-        group: list[Block] = []
-        for block in blocks:
-            if group and sum(map(num_bytes, [*group, block])) > self.memory:
-                yield group
-                group = []
-            group.append(block)
-        if group:
-            yield group
 
     def _parts(self, sample: Sample, size: int) -> list[tuple[int, Part]]:
         """The sample's parts; a long document's parts count as examples of their own."""

@@ -7,16 +7,18 @@ moment, of its gradient. Not here: the sample (bases.py), and how a basis is use
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from influent.bind import Bound
 from influent.errors import LayerError, NumericsError
 from influent.gradients import Outer, Side
 from influent.layers import Block, Plan, Site
-from influent.maps import wide, with_one
+from influent.pairs import Pairs
 
 # A position whose output gradient is this small beside the largest of its example has none: the gradient of the first
 # query of an attention layer, which has nothing to choose from, is zero but for rounding.
@@ -44,66 +46,82 @@ def check_widths(plan: Plan, stage: str) -> None:
             )
 
 
-def num_bytes(block: Block) -> int:
+def shapes(block: Block, kind: str, bound: Bound | None = None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block's moments by side: of a side of one-hot vectors, with `kfac`, a diagonal."""
+    if block.is_vector:
+        width = block.in_width if bound is None else bound.width
+        return {"flat": (width, width)}
+    inner, outer = (block.in_width, block.out_width) if bound is None else (bound.in_width, bound.out_width)
+    hot = kind == "kfac" and block.kind == "embedding" and not (bound and bound.outer)
+    return {"in": (inner, inner), "out": (outer,) if hot else (outer, outer)}
+
+
+def num_bytes(block: Block, kind: str, bound: Bound | None = None) -> int:
     """Bytes of a block's moments."""
-    return 8 * (block.in_width**2 + (0 if block.is_vector else block.out_width**2))
+    return sum(8 * prod(shape) for shape in shapes(block, kind, bound).values())
+
+
+def in_groups(blocks: Iterable[Block], size: Callable[[Block], int], most: int) -> Iterator[list[Block]]:
+    """The blocks in order, so many at a time as have `most` bytes between them; at least one."""
+    group: list[Block] = []
+    for block in blocks:
+        if group and sum(map(size, [*group, block])) > most:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
 
 
 class Moments:
-    """The visitor that adds up second moments [p, p] in float64. Call `finish` after every batch of `size` examples."""
+    """The visitor that adds up second moments [p, p] in float64; with `kfac`, of a side of one-hot vectors only their
+    diagonal [p]. Call `finish` after every batch of `size` examples.
 
-    def __init__(self, blocks: Iterable[Block], kind: str, device: torch.device) -> None:
+    Args:
+        bound: take the moments of the sides as these maps compress them.
+    """
+
+    def __init__(
+        self, blocks: Iterable[Block], kind: str, device: torch.device, *, bound: Mapping[str, Bound] | None = None
+    ) -> None:
         self.kind = kind
         self.sums: dict[str, Sided] = {}
         for block in blocks:
-            widths = {"flat": block.in_width} if block.is_vector else {"in": block.in_width, "out": block.out_width}
+            sizes = shapes(block, kind, None if bound is None else bound[block.name])
             self.sums[block.name] = {
-                side: torch.zeros(p, p, dtype=torch.float64, device=device) for side, p in widths.items()
+                side: torch.zeros(shape, dtype=torch.float64, device=device) for side, shape in sizes.items()
             }
         self.num_examples = 0
         self.num_positions: Counter[str] = Counter()
-        self._open: Counter[str] = Counter()  # calls of a block whose backward pass has not come
-        self._calls: dict[str, tuple[Block, list[tuple[Tensor, Tensor]]]] = {}  # sides that wait for other calls
-        self._vectors: dict[str, Tensor] = {}
-        self._done: set[str] = set()
+        self._pairs = Pairs(self, bound=bound, whole=kind == "grads")
 
     def enter(self, site: Site, side: Side) -> Side:
-        self._open[site.block.name] += 1
-        return side
+        return self._pairs.enter(site, side)
 
     def leave(self, site: Site, kept: Side, d: Float[Tensor, "B T O"]) -> None:
-        block = site.block
-        if site.kind == "embedding":
-            missing = block.in_width - d.shape[-1]  # a tied head's bias column
-            a, d = nn.functional.pad(wide(d), (0, missing)), kept
-            live = _live(a)
-        else:
-            a = with_one(wide(kept)) if site.bias else wide(kept)
-            d = wide(d)
-            live = _live(d)
-        self._open[block.name] -= 1
-        if self.kind == "kfac":
-            self._add_positions(block.name, a[live], d[live])
-        else:
-            self._hold(block, a, d)
+        self._pairs.leave(site, kept, d)
 
     def vector(self, site: Site, gradient: Float[Tensor, "B K"]) -> None:
-        name = site.block.name
-        self._vectors[name] = self._vectors[name] + gradient if name in self._vectors else wide(gradient)
+        self._pairs.vector(site, gradient)
 
     def finish(self, size: int) -> None:
         """End a batch of `size` examples."""
-        for name, gradient in self._vectors.items():
-            self.sums[name]["flat"] += gradient.T @ gradient
-        for name in list(self._calls):  # checkpointing enters a layer twice and leaves it once
-            self._close(name)
+        self._pairs.finish()
         self.num_examples += size
-        self.drop()
 
     def drop(self) -> None:
         """Forget a batch whose loss was not finite: there was no backward pass."""
-        for held in (self._open, self._calls, self._vectors, self._done):
-            held.clear()
+        self._pairs.drop()
+
+    def add(self, block: Block, a: Float[Tensor, "B T I"], d: Side) -> None:
+        if self.kind == "kfac":
+            live = _live(d if d.is_floating_point() and block.kind != "embedding" else a)
+            self._add_positions(block.name, a[live], d[live])
+        else:
+            self._add_gradients(block, a, d)
+
+    def add_vector(self, block: Block, g: Float[Tensor, "B K"]) -> None:
+        self.sums[block.name]["flat"] += g.T @ g
 
     def _add_positions(self, name: str, a: Tensor, d: Tensor) -> None:
         """`kfac`: positions without an output gradient, such as padding, are not handed over and do not count."""
@@ -112,29 +130,11 @@ class Moments:
         if d.is_floating_point():
             sums["out"] += d.T @ d
         else:  # one-hot vectors
-            sums["out"].diagonal().add_(torch.bincount(d.long(), minlength=len(sums["out"])))
+            counts = sums["out"] if sums["out"].ndim == 1 else sums["out"].diagonal()
+            counts.add_(torch.bincount(d.long(), minlength=len(sums["out"])))
         self.num_positions[name] += len(a)
 
-    def _hold(self, block: Block, a: Tensor, d: Tensor) -> None:
-        """`grads`: a block's calls in one batch are put together, because its gradient is their sum."""
-        name = block.name
-        if name in self._done:
-            raise LayerError(
-                f"layer {name} is used again after its backward pass (gradient checkpointing of a shared layer): "
-                "learn from kfac moments, or --exclude it"
-            )
-        if not d.is_floating_point():
-            d = nn.functional.one_hot(d.long(), block.out_width).to(a.dtype)
-        self._calls.setdefault(name, (block, []))[1].append((a, d))
-        if self._open[name] == 0:
-            self._close(name)
-
-    def _close(self, name: str) -> None:
-        block, calls = self._calls.pop(name)
-        self._done.add(name)
-        self._add_gradients(block, *(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True)))
-
-    def _add_gradients(self, block: Block, a: Tensor, d: Tensor) -> None:
+    def _add_gradients(self, block: Block, a: Tensor, d: Side) -> None:
         sums, step = self.sums[block.name], max(1, GRADIENT_ENTRIES // block.width)
         for lo in range(0, len(a), step):
             outer = Outer(a[lo : lo + step], d[lo : lo + step], block.in_width, block.out_width)
@@ -171,10 +171,11 @@ def _live(d: Float[Tensor, "B T O"]) -> Tensor:
     return size > FAINT * size.amax(dim=1, keepdim=True)
 
 
-def basis(moment: Float[Tensor, "p p"], k: int, *, power: float, damping: float) -> tuple[Tensor, float]:
+def basis(moment: Tensor, k: int, *, power: float, damping: float) -> tuple[Tensor, float]:
     """The top k eigenvectors as columns [p, k], each divided by (its eigenvalue + damping * their mean)^power, in
-    float64; and the share of the trace that they capture (1 when the moment is zero)."""
-    values, vectors = torch.linalg.eigh(moment)
+    float64; and the share of the trace that they capture (1 when the moment is zero). `moment` is [p, p], or a diagonal
+    [p]."""
+    values, vectors = torch.linalg.eigh(moment.diag() if moment.ndim == 1 else moment)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :k]
     total = float(values.sum())
     share = float(values[:k].sum()) / total if total > 0 else 1.0

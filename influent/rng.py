@@ -3,7 +3,7 @@
 `rng` version 1 is the Philox-4x64 generator's raw 64-bit words as NumPy yields them (a stream that NumPy guarantees
 to keep), keyed by a BLAKE2b hash of (seed, block, kind, side). Signs, buckets, subsets, permutations and normals are
 derived here, so no draw depends on a library's version, a device, or the order in which blocks are visited.
-Not here: anything for model training or sampling labels; those may use torch's generators.
+Not here: anything for model training, which may use torch's generators.
 """
 
 import hashlib
@@ -56,6 +56,10 @@ class Stream:
         if k >= n:
             return np.arange(n)
         return np.sort(np.argpartition(self.words(n), k)[:k])
+
+    def uniforms(self, n: int) -> np.ndarray:
+        """Uniform numbers in [0, 1) as float64 [n], from the high 53 bits of a word each."""
+        return (self.words(n) >> np.uint64(11)) * 2.0**-53
 
     def normals(self, n: int, *, at: int = 0) -> np.ndarray:
         """Standard normals `at` .. `at + n` as float32 [n], by Box and Muller from pairs of words in float64."""

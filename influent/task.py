@@ -2,7 +2,8 @@
 
 `Task` is the only thing that the user of a model of their own must write: two functions from a batch to one scalar an
 example. `Encodes` is the optional capability of tasks whose examples are records (texts) and must become tensors;
-without it an example is whatever the data set yields, collated by PyTorch. Losses are summed over an example's target
+without it an example is whatever the data set yields, collated by PyTorch. `Samples` is that of tasks whose model
+predicts a distribution, which K-FAC draws labels from. Losses are summed over an example's target
 tokens, so that a row does not depend on its batch. Not here: reading records (catalog.py), batching (collect.py).
 """
 
@@ -11,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from influent.errors import DataError, SpecError
+from influent.labels import draw_labels
+from influent.rng import Stream
 from influent.tokenloss import token_losses
 
 
@@ -51,6 +55,15 @@ class Encodes(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class Samples(Protocol):
+    """The capability to draw labels from the model's own predictions, whose gradients make the true Fisher matrix."""
+
+    def sampled_loss(self, model: nn.Module, batch: Any, streams: Sequence[Stream]) -> Float[Tensor, " B"]:
+        """The loss of each example at labels drawn for it with the words of its stream and no others."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B])."""
@@ -61,6 +74,11 @@ class Classification:
 
     def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
         return self.loss(model, batch)
+
+    def sampled_loss(self, model: nn.Module, batch: Any, streams: Sequence[Stream]) -> Float[Tensor, " B"]:
+        logits = model(batch[0])
+        drawn = draw_labels(logits, torch.tensor([stream.uniforms(1)[0] for stream in streams]))
+        return functional.cross_entropy(logits, drawn, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -189,16 +207,35 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """Cross-entropy summed over each row's target tokens (times its weight)."""
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
+        logits, at, labels = self._targets(model, batch)
+        return _summed(logits, at, labels, batch)
+
+    def sampled_loss(
+        self, model: nn.Module, batch: dict[str, Tensor], streams: Sequence[Stream]
+    ) -> Float[Tensor, " B"]:
+        """The same at tokens drawn from the model's prediction of each target; position t takes a row's word t."""
+        logits, at, _ = self._targets(model, batch)
+        words = np.stack([stream.uniforms(logits.shape[1]) for stream in streams])
+        drawn = draw_labels(logits.flatten(0, 1)[at], torch.from_numpy(words).flatten()[at.cpu()])
+        return _summed(logits, at, drawn, batch)
+
+    def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, T, V], the places in B * T from which a target is predicted, and the targets."""
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
         at = (labels != -100).nonzero().flatten()
-        each = token_losses(logits.flatten(0, 1), at, labels[at])
-        rows = at // logits.shape[1]
-        return each.new_zeros(len(logits)).index_add(0, rows, each) * batch["weight"].to(each.device, each.dtype)
+        return logits, at, labels[at]
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """The query's own loss: a positive score means that training on the example lowered it."""
         return self.loss(model, batch)
+
+
+def _summed(logits: Tensor, at: Tensor, labels: Tensor, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+    """Cross-entropy at the places `at`, summed by row, times the rows' weights."""
+    each = token_losses(logits.flatten(0, 1), at, labels)
+    rows = at // logits.shape[1]
+    return each.new_zeros(len(logits)).index_add(0, rows, each) * batch["weight"].to(each.device, each.dtype)
 
 
 def _digest_of(vocabulary: Mapping[str, int]) -> str:

@@ -84,13 +84,14 @@ def test_position_moments_of_an_embedding_count_its_tokens(name):
     tracked, found = collect(model, x, "kfac", layers="embed|0$|head|place")
     for block in tracked.blocks:
         moment = found.sums[block.name]["out"]
-        assert moment.shape == (block.out_width, block.out_width)
-        torch.testing.assert_close(moment, moment.T)
+        assert moment.shape == ((block.out_width,) * (1 if block.kind == "embedding" else 2))
+        if moment.ndim == 2:
+            torch.testing.assert_close(moment, moment.T)
     embedding = next(site for site in tracked.sites if site.kind == "embedding")
     if name == "embedding":
         counts = torch.bincount(x.flatten(), minlength=11).double()
         counts[2] = 0  # the padding row has no gradient
-        torch.testing.assert_close(found.sums[embedding.block.name]["out"], torch.diag(counts))
+        torch.testing.assert_close(found.sums[embedding.block.name]["out"], counts)
         assert found.num_positions[embedding.block.name] == counts.sum()
 
 

@@ -13,9 +13,12 @@ import influent
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients", "hashing",
-     "hub", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task", "tokenloss", "truncate"],
-    ["artifact", "bind", "coding", "compress", "gram", "kernels", "layers", "layout", "lowrank", "moments"],
-    ["bases", "budget", "collect", "curvature", "extract", "fitting", "rowstore", "rowwriter", "truncated"],
+     "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
+     "tokenloss", "truncate"],
+    ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
+     "pairs"],
+    ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
+     "truncated"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving"],
     ["cli", "demo", "options", "preflight", "report", "terminal"],
 ]  # fmt: skip
@@ -30,6 +33,7 @@ LIGHT = [
     "compress",
     "damping",
     "errors",
+    "kronname",
     "methods",
     "options",
     "preflight",
