@@ -12,14 +12,15 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients", "hashing",
-     "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
-     "tokenloss", "truncate"],
-    ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
-     "pairs"],
+    ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients",
+     "hashing", "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides",
+     "task", "tokenloss", "truncate"],
+    ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank",
+     "moments", "pairs"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
-     "truncated"],
-    ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving"],
+     "truncated", "truth"],
+    ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
+     "rerun", "tailpatch"],
     ["cli", "demo", "options", "preflight", "report", "terminal"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
