@@ -171,6 +171,11 @@ class Catalog:
         for part in self.parts:
             yield from part.texts()
 
+    def fields(self, *names: str) -> Iterator[dict[str, str | None]]:
+        """Some columns of every row in order (`id`, `source`, `provider`, `hash`), one row group in memory at a time."""
+        for part in self.parts:
+            yield from part.fields(*names)
+
     def verify(self) -> list[str]:
         """Every problem of the stored catalog, one line each: bytes, digest, and content against its hash."""
         return [problem for part in self.parts for problem in part.verify()]

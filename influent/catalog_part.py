@@ -78,7 +78,11 @@ class Part:
 
     def labels(self) -> Iterator[dict[str, str | None]]:
         """`source` and `provider` of every row in order."""
-        for group in self._groups(["source", "provider"]):
+        return self.fields("source", "provider")
+
+    def fields(self, *names: str) -> Iterator[dict[str, str | None]]:
+        """Some columns of every row in order: `id`, `source`, `provider`, `hash`, …"""
+        for group in self._groups(list(names)):
             yield from group
 
     def _groups(self, columns: list[str]) -> Iterator[list[dict[str, Any]]]:

@@ -212,10 +212,11 @@ def query(
             normalize=normalize, curvature=curvature, damping=damping, parity=parity, query_rank=query_rank,
             memory=memory, model=model, scores=scores, token_budget=token_budget, device=device, progress=progress,
         )  # fmt: skip
-    from influent.report import print_query, query_records, write_table
+    from influent.report import FIELDS, print_query, query_records
+    from influent.tables import write_table
 
     if out is not None:
-        write_table(list(query_records(document)), out)
+        write_table(list(query_records(document)), out, columns=FIELDS)
     print_document(document, print_query, json=json)
 
 
@@ -243,7 +244,8 @@ def self_influence(
         document = influent.self_influence(
             index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, progress=progress
         )
-    from influent.report import print_self, self_records, write_table
+    from influent.report import print_self, self_records
+    from influent.tables import write_table
 
     if out is not None:
         write_table(list(self_records(document)), out)

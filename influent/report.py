@@ -6,14 +6,10 @@ write to standard output on its own: every page goes to the Rich console given.
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
-
-from influent.storage import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,41 +148,6 @@ def self_records(doc: Doc) -> Iterator[dict[str, Any]]:
     """The rows of a self-influence document as one flat table."""
     for rank, row in enumerate(doc["rows"], 1):
         yield {"rank": rank, **{name: row.get(name) for name in ("row", "id", "score", "source", "provider", "text")}}
-
-
-def write_table(records: Sequence[Doc], path: str) -> None:
-    """Write records to a `.parquet` or `.csv` file, whole or not at all; CorruptError when it cannot be written."""
-    data = _parquet(records) if path.endswith(".parquet") else _csv(records)
-    folder, _, name = path.rpartition("/") if "://" in path else (str(PurePath(path).parent), "", PurePath(path).name)
-    Store(folder).put(name, data)
-
-
-def _parquet(records: Sequence[Doc]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {
-        "query": pa.int64(),
-        "rank": pa.int64(),
-        "row": pa.int64(),
-        "score": pa.float64(),
-        "percentile": pa.float64(),
-    }
-    names = list(records[0]) if records else FIELDS
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(records), schema=schema), sink)
-    return sink.getvalue()
-
-
-def _csv(records: Sequence[Doc]) -> bytes:
-    import csv
-
-    sink = io.StringIO(newline="")
-    writer = csv.DictWriter(sink, list(records[0]) if records else FIELDS)
-    writer.writeheader()
-    writer.writerows(records)
-    return sink.getvalue().encode()
 
 
 def _rows(console: Console, title: str, rows: Sequence[Doc], *, lines: int = 1, score: str = "score") -> None:
