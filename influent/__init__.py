@@ -7,6 +7,7 @@ The pipeline, stage by stage (each talks to the next only through a directory on
     fit(out)                    the curvature of the stored rows
     query(out, prompt=…, …)     gradients of a query, preconditioned, against every row
     self_influence(out)         outliers, wrong labels and planted rows first
+    value(out, target=…)        what rows and providers are worth to a target, with intervals and payments
     info(out), verify(out)      what an index holds; whether every byte is as it was written
 
 A model of your own needs a `Task`: its loss per example. Importing this package is cheap; torch comes with first use.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from influent.task import CausalLM as CausalLM
     from influent.task import Classification as Classification
     from influent.task import Task as Task
+    from influent.valuing import value as value
 
 _HOMES = {
     "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
@@ -39,6 +41,7 @@ _HOMES = {
     "task": ("CausalLM", "Classification", "Task"),
     "compress": ("Compress",),
     "curvature": ("Damping",),
+    "valuing": ("value",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"

@@ -172,7 +172,7 @@ class Catalog:
             yield from part.texts()
 
     def fields(self, *names: str) -> Iterator[dict[str, str | None]]:
-        """Some columns of every row in order (`id`, `source`, `provider`, `hash`), one row group in memory at a time."""
+        """Some columns of every row in order (`id`, `source`, `provider`, `hash`), a row group in memory at a time."""
         for part in self.parts:
             yield from part.fields(*names)
 

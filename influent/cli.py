@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import influent
-from influent import preflight
+from influent import cli_value, preflight
 from influent.errors import InfluentError
 from influent.options import (
     CurvatureName,
@@ -33,7 +33,7 @@ from influent.terminal import print_document, progress_bars
 
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
-METHODS = ("factgrass", "lorif", "logra", "grass", "graddot")
+METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik")
 
 app = typer.Typer(
     add_completion=False,
@@ -294,6 +294,10 @@ def demo(
     with progress_bars() as progress:
         document = run(out, progress=progress)
     print_document(document, page, json=json)
+
+
+for verb in cli_value.VERBS:
+    app.command()(verb)
 
 
 def main() -> None:

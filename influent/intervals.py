@@ -25,9 +25,7 @@ class Interval:
     high: float
 
 
-def difference(
-    predicted_mean: float, residuals: Sequence[float], population: int, *, level: float = LEVEL
-) -> Interval:
+def difference(predicted_mean: float, residuals: Sequence[float], population: int, *, level: float = LEVEL) -> Interval:
     """The mean of y over a group of `population` rows of which a random few are labelled.
 
     V = mean of f over all rows + mean of (y - f) over the n labelled ones, with the standard error of sampling without

@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     "grass": Method("loss", _grass, "fim"),
     "logra": Method("loss", _logra, "fim"),
     "graddot": Method("loss", _factgrass, "identity"),
+    "linfik": Method("loss", _factgrass, "identity"),  # as graddot, asked by `value` for the mean over a target
     "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
 }
 

@@ -1,7 +1,7 @@
 """The provider report: what a group of rows is worth, how sure that is, and what is wrong with it.
 
 Takes arrays of one value a row, whoever made them (LinFiK from gradients, or a student), and estimates with their
-intervals; gives one plain document a provider. Not here: making values (value.py, appraise.py), money (settling.py).
+intervals; gives one plain document a provider. Not here: making values (valuing.py, appraise.py), money (settling.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """Which provider each row belongs to: `labels` [N] int64 numbers `names`, which are in order of first appearance."""
+    """Which provider each row belongs to: `labels` [N] int64 are places in `names`, in order of first appearance."""
 
     by: str
     names: list[str]
@@ -145,9 +145,7 @@ def report(
                 "value": estimates[g].value,
                 "low": shown_interval.low,
                 "high": shown_interval.high,
-                "intervals": {
-                    name: [interval.low, interval.high] for name, interval in estimates[g].intervals.items()
-                },
+                "intervals": {name: [interval.low, interval.high] for name, interval in estimates[g].intervals.items()},
                 "total": count * estimates[g].value,
                 "per_token": count * estimates[g].value / own if own else None,
                 "positive": float((values[rows] > 0).mean()),

@@ -1,6 +1,6 @@
 """Lengths and weighted sums of an index's rows, in two streaming passes: what a diversity term is made of.
 
-Not here: which rows are weighted (selecting.py, value.py).
+Not here: which rows are weighted (selecting.py, valuing.py).
 """
 
 import torch
@@ -31,9 +31,7 @@ def weighted(
     index: RowSource, weights: Float[Tensor, "G N"], *, progress: Progress | None = None
 ) -> dict[str, Float[Tensor, "G K"]]:
     """sum over rows of weights[:, i] g_i for every block, float32; rows whose weights are all 0 are not decoded."""
-    sums = {
-        key: torch.zeros(len(weights), width, dtype=torch.float64) for key, width in index.widths.items()
-    }
+    sums = {key: torch.zeros(len(weights), width, dtype=torch.float64) for key, width in index.widths.items()}
     wanted = (weights != 0).any(dim=0)
     for shard in index.shards:
         here = wanted[shard.lo : shard.hi]

@@ -1,6 +1,6 @@
 """Flat tables as files: records of numbers and text to Parquet or CSV, whole or not at all.
 
-Not here: which records (report.py, value_page.py, value.py).
+Not here: which records (report.py, value_page.py, valuing.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The target: what a buyer wants of the model, as queries, and their gradients as an index's rows are compressed.
 
-The unit of value is one mean over these queries. Not here: scores (value.py), reports (providers.py).
+The unit of value is one mean over these queries. Not here: scores (valuing.py), reports (providers.py).
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from influent import solving
 from influent.attach import Run, attach, check_same
 from influent.digests import digest
 from influent.errors import DataError
@@ -16,6 +17,7 @@ from influent.progress import Progress
 from influent.querying import model_of, setting_of
 from influent.records import content_hash, display_text, read_examples
 from influent.rowstore import Index
+from influent.solving import Asked
 from influent.task import Encodes, Task
 
 
@@ -72,15 +74,6 @@ def gradients(
         MismatchError: the model or task is not the one that was indexed.
         DataError, NumericsError: a query has no target tokens, or its loss is not finite.
     """
-
-    def tell(share: float) -> None:
-        if progress is not None:
-            progress("target", int(share * len(target)), len(target))
-
     with attach(model_of(model, index), task, setting_of(index), run, index=index.store) as attached:
         check_same(index, attached)
-        made = attached.collector.collect(target.examples, name=lambda i: f"query {i}", query=True, progress=tell)
-    if made.skipped:
-        reason, rows = next(iter(made.skipped.items()))
-        raise DataError(f"query {min(rows)} has {reason}: a completion (or a text of two tokens or more) is needed")
-    return made.rows
+        return solving.gradients(attached, Asked(target.examples), progress)

@@ -173,7 +173,7 @@ def _bar(p: Doc, span: tuple[float, float]) -> str:
     low, high = at(p["low"]), at(p["high"])
     return (
         f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img"><title>{_number(p["low"])} to '
-        f'{_number(p["high"])}</title><line x1="{at(0):.2f}" x2="{at(0):.2f}" y1="0" y2="10" stroke-width=".4"/>'
+        f'{_number(p["high"])}</title><line x1="{at(0.0):.2f}" x2="{at(0.0):.2f}" y1="0" y2="10" stroke-width=".4"/>'
         f'<rect x="{low:.2f}" y="3" width="{max(0.6, high - low):.2f}" height="4"/>'
         f'<circle cx="{at(p["value"]):.2f}" cy="5" r="1.6"/></svg> '
         f"{_number(p['low'])} to {_number(p['high'])}"

@@ -14,18 +14,18 @@ LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients",
      "hashing", "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides",
-     "task", "tokenloss", "truncate"],
+     "task", "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank",
      "moments", "pairs"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
-     "truncated", "truth"],
+     "truncated", "truth", "rowsums"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
-     "rerun", "tailpatch"],
-    ["cli", "demo", "options", "preflight", "report", "terminal"],
+     "rerun", "tailpatch", "providers", "settling", "target", "valuing"],
+    ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
-LAZY = {("cli", "__init__")}
+LAZY = {("cli", "__init__"), ("cli_value", "__init__")}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "fsspec"}
 LIGHT = [
     "choosing",
@@ -34,6 +34,9 @@ LIGHT = [
     "compress",
     "damping",
     "errors",
+    "payments",
+    "merkle",
+    "intervals",
     "kronname",
     "methods",
     "options",

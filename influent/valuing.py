@@ -218,5 +218,3 @@ def _rows(index: Index, values: np.ndarray, shown: int) -> dict[str, Any]:
         name: [{**row, "value": float(values[row["row"]])} for row in index.catalog.describe(picked.tolist())]
         for name, picked in lists.items()
     }
-
-
