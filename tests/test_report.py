@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from influent import report
+from influent import report, tables
 from influent.errors import CorruptError
 
 TEXT = "The capital of Malawi is Lilongwe,\nwhich replaced Zomba in 1975. " + "It lies on the Lilongwe River. " * 20
@@ -162,20 +162,20 @@ def test_parquet_and_csv_hold_every_row(tmp_path: Path) -> None:
     records = list(report.query_records(document()))
     assert len(records) == 2 * (3 + 5 + 1 + 4)
     assert tuple(records[0]) == report.FIELDS
-    report.write_table(records, str(tmp_path / "r.parquet"))
+    tables.write_table(records, str(tmp_path / "r.parquet"))
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == records
-    report.write_table(records, str(tmp_path / "r.csv"))
+    tables.write_table(records, str(tmp_path / "r.csv"))
     with (tmp_path / "r.csv").open(newline="", encoding="utf-8") as file:
         back = list(csv.DictReader(file))
     assert [r["text"] for r in back] == [r["text"] for r in records]
     assert float(back[0]["score"]) == records[0]["score"]
     selves = list(report.self_records({"rows": [row(1, 2.5)]}))
-    report.write_table(selves, str(tmp_path / "s.csv"))
+    tables.write_table(selves, str(tmp_path / "s.csv"))
     assert selves[0]["rank"] == 1
-    report.write_table([], str(tmp_path / "empty.parquet"))
+    tables.write_table([], str(tmp_path / "empty.parquet"), columns=report.FIELDS)
     assert pq.read_table(tmp_path / "empty.parquet").num_rows == 0
     with pytest.raises(CorruptError, match="cannot be written"):
-        report.write_table(records, str(tmp_path / "r.csv" / "no.csv"))
+        tables.write_table(records, str(tmp_path / "r.csv" / "no.csv"))
 
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
