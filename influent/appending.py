@@ -11,6 +11,8 @@ from torch import nn
 
 from influent import catalog
 from influent.attach import Run, attach, check_same
+from influent.ensemble import is_ensemble
+from influent.errors import SpecError
 from influent.examples import ids_and_hashes
 from influent.filling import fill_pending
 from influent.methods import info
@@ -47,6 +49,8 @@ def append(
         MismatchError: the model or task is not the one that was indexed.
         DataError: as for `index`, and an id that the index has already; names both places.
     """
+    if is_ensemble(index):
+        raise SpecError(f"{index}: is an ensemble of checkpoints; nothing can be appended to it: index all rows anew")
     opened = Index.open(index)
     parts = len(opened.artifact.history)
     hashes = None

@@ -5,10 +5,12 @@ Not here: the fit itself (curvature.py). Torch is imported only by what needs it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from influent.damping import DEFAULT, LOW_RANK, Damping, Published
+from influent.ensemble import Ensemble
 from influent.errors import SpecError
 from influent.progress import Progress
 from influent.rowstore import Index
@@ -139,16 +141,18 @@ def _agreed(
     return own or asked or default
 
 
-def method_facts(index: Index, fitted: Curvature) -> dict[str, Any]:
-    """What a result says of how it was made."""
-    return {
+def method_facts(opened: Ensemble, fits: Sequence[Curvature]) -> dict[str, Any]:
+    """What a result says of how it was made, with the curvature fitted to each member."""
+    index = opened.first
+    facts = {
         "name": index.notes["method"],
         "compress": index.spec["compress"],
-        "curvature": fitted.name,
+        "curvature": fits[0].name,
         "layers": len(index.keys),
         "rows": index.n,
-        "health": fitted.health(),
+        "health": opened.named([fitted.health() for fitted in fits]),
     }
+    return facts if opened.artifact is None else {**facts, "members": len(opened.members)}
 
 
 def check_fit(name: str, damping: str | None) -> Choice:

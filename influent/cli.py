@@ -17,6 +17,7 @@ import influent
 from influent import cli_value, preflight
 from influent.errors import InfluentError
 from influent.options import (
+    Checkpoints,
     CurvatureName,
     Damping,
     Device,
@@ -24,6 +25,7 @@ from influent.options import (
     IndexPath,
     Json,
     Memory,
+    Models,
     Out,
     Parity,
     SkipNonfinite,
@@ -53,6 +55,11 @@ def index(
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="INDEX", help="Directory to write; resumed if unfinished.")
     ],
+    checkpoints: Checkpoints = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option("--rate", metavar="R", help="Learning rate of each checkpoint, MODEL's first (tracin)."),
+    ] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=", ".join(METHODS))] = "factgrass",
     compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
     row_bytes: Annotated[
@@ -99,14 +106,18 @@ def index(
     preflight.pattern("--layers", layers)
     preflight.pattern("--exclude", exclude)
     preflight.data(data)
-    preflight.model(model)
-    preflight.context(model, max_length)
-    preflight.layers(model, layers, exclude)
+    for each in (model, *(checkpoints or ())):
+        preflight.model(each)
+        preflight.context(each, max_length)
+        preflight.layers(each, layers, exclude)
     numerics = {"dtype": dtype, "matmul": matmul}
-    preflight.place(out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics})
+    preflight.place(
+        out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics}, 1 + len(checkpoints or ())
+    )
     with progress_bars() as progress:
         document = influent.index(
-            model, data, out=out, method=method, compress=compress, row_bytes=row_size, rows=rows, layers=layers,
+            model, data, out=out, checkpoints=checkpoints, rates=rates, method=method,
+            compress=compress, row_bytes=row_size, rows=rows, layers=layers,
             exclude=exclude,
             max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=cast(Any, catalog),
             shard_rows=shard_rows, limit=limit, seed=seed, skip_nonfinite=skip_nonfinite, device=device,
@@ -160,7 +171,7 @@ def fit(
     """
     preflight.curvature(curvature)
     preflight.damping(damping)
-    preflight.index(index)
+    preflight.ensemble(index)
     with progress_bars() as progress:
         document = influent.fit(index, curvature=curvature, damping=damping, memory=memory, progress=progress)
     from influent.report import print_fit
@@ -187,7 +198,7 @@ def query(
         int | None, typer.Option(metavar="R", min=1, help="Cut preconditioned queries to this rank: faster.")
     ] = None,
     memory: Memory = None,
-    model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
+    model: Models = None,
     scores: Annotated[str | None, typer.Option(metavar="FILE", help="Write queries x rows as float32 .npy.")] = None,
     out: Out = None,
     token_budget: TokenBudget = 4096,
@@ -202,8 +213,7 @@ def query(
     preflight.parity(parity)
     preflight.output("--scores", scores, (".npy",))
     preflight.output("--out", out, (".parquet", ".csv"))
-    opened = preflight.index(index)
-    preflight.same_model(opened, model)
+    preflight.same_models(preflight.ensemble(index), model)
     preflight.queries("--queries", queries)
     preflight.queries("--control", control)
     with progress_bars() as progress:
@@ -239,7 +249,7 @@ def self_influence(
     preflight.damping(damping)
     preflight.parity(parity)
     preflight.output("--out", out, (".parquet", ".csv"))
-    preflight.index(index)
+    preflight.ensemble(index)
     with progress_bars() as progress:
         document = influent.self_influence(
             index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, progress=progress
@@ -258,7 +268,7 @@ def info(index: IndexPath, json: Json = False) -> None:
 
     What it cost, what was skipped and why, and which curvatures are fitted.
     """
-    preflight.index(index)
+    preflight.ensemble(index)
     from influent.report import print_info
 
     print_document(influent.info(index), print_info, json=json)

@@ -7,17 +7,20 @@ imported, so that a mistake in it is told at once. Not here: what any of the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from influent import catalog as catalogs
+from influent import ensemble as ensembles
 from influent import rowstore
 from influent.catalog import Catalog
 from influent.choosing import check_fit, choose_curvature, method_facts
 from influent.codec import Codec
 from influent.compress import Compress
-from influent.errors import DataError, SpecError
+from influent.ensemble import Ensemble
+from influent.errors import DataError, FormatError, SpecError
 from influent.progress import Progress
 from influent.rowstore import Index
 from influent.storage import Store
@@ -94,6 +97,8 @@ def index(
     data: Any,
     out: str,
     *,
+    checkpoints: Sequence[Any] | None = None,
+    rates: Sequence[float] | None = None,
     method: str = "factgrass",
     compress: str | None = None,
     row_bytes: int | None = None,
@@ -118,6 +123,9 @@ def index(
     Args:
         model: a Hugging Face folder, hub name or GGUF file of a causal language model; or any module, with its `task`.
         data: a file, folder, hub name or sequence of records; for a task without records, a map-style data set.
+        checkpoints: further models of the same kind (for a module also its state dicts); `out` is then an ensemble
+            with one index a checkpoint, `model` first, whose scores are the mean over all of them.
+        rates: of each checkpoint (`model` first) the learning rate, for a method that adds scores up by it.
         rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
         row_bytes: the size of a stored row; the method's compressor (and codec) is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
@@ -139,25 +147,55 @@ def index(
     if compress is not None and row_bytes is not None:
         raise SpecError("give --compress or --row-bytes, not both: each sets the size of a row")
     own = METHODS[method]
+    weights = _weights(method, 1 + len(checkpoints or ()), rates)
     Compress.parse(compress or own.compress)
     codec = str(Codec.parse(rows or own.rows))
     kept = own.codec if rows is None else lambda side: codec
-    listed = _catalogue(data, Store(out), task=task, limit=limit, keep=catalog, progress=progress)
     from influent.attach import Run, Setting  # these import torch
     from influent.budget import Budget
+    from influent.checkpoints import instances
     from influent.filling import fill
 
-    fill(
-        model, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress,
-        setting=Setting(
-            compress=compress or own.compress, rows=codec,
-            budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
-            layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
-            seed=seed,
-        ),
-        run=Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite),
+    setting = Setting(
+        compress=compress or own.compress, rows=codec,
+        budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
+        layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
+        seed=seed,
     )  # fmt: skip
+    run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
+    places = _places(Store(out), len(weights))
+    for place, each in zip(places, instances([model, *(checkpoints or ())]), strict=True):
+        listed = _catalogue(data, place, task=task, limit=limit, keep=catalog, progress=progress)
+        fill(
+            each, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress, setting=setting,
+            run=run,
+        )  # fmt: skip
+    if len(weights) > 1:
+        ensembles.commit(Store(out), weights)
     return info(out)
+
+
+def _weights(method: str, num_members: int, rates: Sequence[float] | None) -> list[float]:
+    """With which weight each checkpoint's scores are added."""
+    if METHODS[method].members == "rates" and rates is not None:
+        if len(rates) != num_members or not all(isfinite(rate) and rate > 0 for rate in rates):
+            raise SpecError(f"rates: expected {num_members} numbers above 0, one a checkpoint, got {list(rates)}")
+        return list(rates)
+    if rates is not None:
+        raise SpecError(f"rates are for a method that adds checkpoints up by them, not for {method}: leave them out")
+    return [1 / num_members] * num_members
+
+
+def _places(store: Store, num_members: int) -> list[Store]:
+    """Where each checkpoint's index goes; FormatError when an index is where an ensemble shall be, or the reverse."""
+    there = ensembles.is_ensemble(store)
+    if num_members == 1:
+        if there:
+            raise FormatError(f"{store}: holds an ensemble of checkpoints, not one index; give another --out")
+        return [store]
+    if not there and store.exists("spec.json"):
+        raise FormatError(f"{store}: holds one index, not an ensemble of checkpoints; give another --out")
+    return [store.child(ensembles.place(number)) for number in range(num_members)]
 
 
 def fit(
@@ -183,15 +221,17 @@ def fit(
     """
     from influent import curvature as curvatures
 
-    opened = Index.open(index)
-    own = own_curvature(opened) if curvature is None else curvature
+    opened = Ensemble.open(index)
+    own = own_curvature(opened.first) if curvature is None else curvature
     wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping)
-    fitted = curvatures.fit(
-        opened, curvature=wanted.curvature, damping=wanted.damping,
-        memory=curvatures.MEMORY if memory is None else memory, progress=progress,
-    )  # fmt: skip
+    memory = curvatures.MEMORY if memory is None else memory
+    fitted = [
+        curvatures.fit(member, curvature=wanted.curvature, damping=wanted.damping, memory=memory, progress=progress)
+        for member in opened.members
+    ]
     shown = None if wanted.damping is None else str(wanted.damping)
-    return {"name": fitted.name, "curvature": wanted.curvature, "damping": shown, "health": fitted.health()}
+    health = opened.named([each.health() for each in fitted])
+    return {"name": fitted[0].name, "curvature": wanted.curvature, "damping": shown, "health": health}
 
 
 def self_influence(
@@ -218,30 +258,43 @@ def self_influence(
     from influent import score
     from influent.reduce import TopK
 
-    opened = Index.open(index)
-    fitted = choose_curvature(
-        opened, curvature, damping, own=own_curvature(opened), parity=parity, memory=memory, progress=progress
-    )
-    values = score.self_influence(opened, fitted, progress=progress)
+    opened = Ensemble.open(index)
+    values = torch.zeros(opened.n, dtype=torch.float64)
+    fits = []
+    for member, weight in zip(opened.members, opened.weights, strict=True):
+        fits.append(
+            choose_curvature(
+                member, curvature, damping, own=own_curvature(member), parity=parity, memory=memory, progress=progress
+            )
+        )
+        values += weight * score.self_influence(member, fits[-1], progress=progress).double()
     top = TopK(k)
-    best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.unsqueeze(0)))
+    best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.float().unsqueeze(0)))
     numbers, scores = best.rows[0].tolist(), best.scores[0].tolist()
-    rows = [{**row, "score": value} for row, value in zip(opened.catalog.describe(numbers), scores, strict=True)]
-    return {"rows": rows, "method": method_facts(opened, fitted)}
+    described = opened.first.catalog.describe(numbers)
+    rows = [{**row, "score": value} for row, value in zip(described, scores, strict=True)]
+    return {"rows": rows, "method": method_facts(opened, fits)}
 
 
 def info(index: str) -> dict[str, Any]:
     """What an index holds, what it cost, what was skipped, and what was fitted to it."""
     from influent import curvature as curvatures
 
-    opened = Index.open(index)
-    fitted = [curvatures.describe(opened, name) for name in curvatures.list_fitted(opened)]
-    return {**rowstore.info(opened), "curvatures": fitted}
+    opened = Ensemble.open(index)
+    found = []
+    for member in opened.members:
+        fitted = [curvatures.describe(member, name) for name in curvatures.list_fitted(member)]
+        found.append({**rowstore.info(member), "curvatures": fitted})
+    if opened.artifact is None:
+        return found[0]
+    sums = {name: sum(each[name] for each in found) for name in ("bytes", "bytes_per_row", "shards", "catalog_bytes")}
+    whole = {"path": opened.path, "digest": opened.digest, "skipped": opened.skipped, "members": len(found)}
+    return {**found[0], **sums, **whole, "weights": list(opened.weights), "each": found}
 
 
 def verify(index: str) -> dict[str, Any]:
     """Check every committed byte: `{"ok", "errors": [one line each]}`."""
-    return rowstore.verify(index)
+    return ensembles.verify(index)
 
 
 def _catalogue(

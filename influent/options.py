@@ -20,6 +20,16 @@ FitDamping = Annotated[
 Damping = Annotated[
     str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of low rank 1.")
 ]
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint", metavar="PATH", help="Another checkpoint of MODEL; given again for each. An ensemble."
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="PATH", help="Default: as noted in the index. Of an ensemble, one a checkpoint."),
+]
 CurvatureName = Annotated[
     str | None, typer.Option(metavar="NAME", help="A fitted one by name, or identity. Default: the method's own.")
 ]

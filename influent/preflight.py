@@ -17,6 +17,8 @@ from influent import hub
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.damping import PUBLISHED, Damping
+from influent.ensemble import Ensemble, is_ensemble
+from influent.ensemble import place as member_place
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
 from influent.records import files_of, is_hub_name, read_examples
 from influent.rowstore import Index
@@ -169,12 +171,24 @@ def layers(model_path: str, include: str | None, exclude: str | None) -> None:
         raise LayerError(f"--layers {include!r}{without} matches no layer of {model_path}; its layers are {shown}, …")
 
 
-def place(path: str, wanted: dict[str, Any]) -> str:
-    """Where an index shall go: absent, empty, or begun by the same options, which `wanted` has as fields of the spec.
+def place(path: str, wanted: dict[str, Any], num_members: int = 1) -> str:
+    """Where an index shall go: absent, empty, or begun by the same options, which `wanted` has as fields of the spec;
+    or an ensemble of `num_members` of them.
 
     Raises FormatError for a directory of other things, MismatchError naming the first option that differs.
     """
     store = Store(path)
+    there = is_ensemble(store)
+    if there and num_members == 1:
+        raise FormatError(f"{path}: holds an ensemble of checkpoints, not one index; give another --out")
+    if not there and num_members > 1 and store.exists("spec.json"):
+        raise FormatError(f"{path}: holds one index, not an ensemble of checkpoints; give another --out")
+    if num_members > 1:
+        for number in range(num_members):
+            place(str(store.child(member_place(number))), wanted)
+        if not there and "://" not in path and Path(path).expanduser().is_dir():
+            _refuse_foreign(path)
+        return path
     if "://" not in path and Path(path).expanduser().is_file():
         raise FormatError(f"{path}: is a file; --out needs a directory")
     if not store.exists("spec.json"):
@@ -201,6 +215,11 @@ def place(path: str, wanted: dict[str, Any]) -> str:
 def index(path: str) -> Index:
     """A finished index; FormatError says whether the directory is absent, another thing, or unfinished."""
     return Index.open(directory(path))
+
+
+def ensemble(path: str) -> Ensemble:
+    """A finished ensemble, or index as the only member of one; FormatError as for `index`."""
+    return Ensemble.open(directory(path))
 
 
 def directory(path: str) -> str:
@@ -232,6 +251,16 @@ def same_model(opened: Index, path: str | None) -> str:
                     f"{found}: {name}: the index {opened.path} was built with {value}, this model has {config[name]}"
                 )
     return found
+
+
+def same_models(opened: Ensemble, paths: Sequence[str] | None) -> list[str]:
+    """The model to load for each member; SpecError for another number of them, else as `same_model`."""
+    given = list(paths or [None] * len(opened.members))
+    if len(given) != len(opened.members):
+        raise SpecError(
+            f"{opened.path}: expected --model {len(opened.members)} times, once a checkpoint, got {len(given)}"
+        )
+    return [same_model(member, path) for member, path in zip(opened.members, given, strict=True)]
 
 
 def asked(prompt: str | None, completion: str | None, file: str | None) -> None:

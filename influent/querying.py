@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from influent import baselines, score
 from influent.attach import Run, Setting, attach, check_same
+from influent.checkpoints import Checkpoint, instances
 from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
+from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
 from influent.methods import own_curvature
 from influent.progress import Progress
@@ -44,7 +46,7 @@ def query(
     parity: str | None = None,
     query_rank: int | None = None,
     memory: int | None = None,
-    model: str | nn.Module | None = None,
+    model: Checkpoint | Sequence[Checkpoint] | None = None,
     scores: str | None = None,
     token_budget: int = 4096,
     device: str | None = None,
@@ -61,6 +63,7 @@ def query(
         parity: `paper` or `release`: LoRIF's published damping and tail, and queries cut to the rows' rank as there.
         query_rank: cut each preconditioned query to this rank in every layer: less work a row, coarser scores.
         memory: MiB for the rows that a fit holds at a time; 256 by default. Results do not depend on it.
+        model: what was indexed, if the index cannot tell or it has moved; of an ensemble a sequence, one a checkpoint.
         scores: write the whole matrix, queries x rows, float32, to this .npy file.
 
     Returns:
@@ -74,21 +77,28 @@ def query(
         raise SpecError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZATIONS)}")
     if query_rank is not None and query_rank < 1:
         raise SpecError(f"query_rank is {query_rank}, expected 1 or more")
-    opened = Index.open(index)
-    if query_rank is not None and not any(map(opened.codec.stored_rank, opened.factors.values())):
-        raise SpecError(
-            f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {opened.codec}"
-        )
+    opened = Ensemble.open(index)
+    codec = opened.first.codec
+    if query_rank is not None and not any(map(codec.stored_rank, opened.first.factors.values())):
+        raise SpecError(f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {codec}")
+    models = models_of(model, opened)
     examples, shown = _read(_given(prompt, completion, queries), task)
     asked = Asked(examples, None if control is None else _read(control, task)[0])
     words = [display_text(content) for content in shown]
-    fitted = choose_curvature(
-        opened, curvature, damping, own=own_curvature(opened), parity=parity, memory=memory, progress=progress
-    )
+    fits = [
+        choose_curvature(
+            member, curvature, damping, own=own_curvature(member), parity=parity, memory=memory, progress=progress
+        )
+        for member in opened.members
+    ]
     run = Run(token_budget=token_budget, device=device)
-    with attach(model_of(model, opened), task, setting_of(opened), run, index=opened.store) as attached:
-        check_same(opened, attached)
-        solved = solve(attached, opened, fitted, asked, published=parity is not None, progress=progress)
+    members = []
+    for member, weight, fitted, each in zip(opened.members, opened.weights, fits, instances(models), strict=True):
+        with attach(each, task, setting_of(member), run, index=member.store) as attached:
+            check_same(member, attached)
+            solved = solve(attached, member, fitted, asked, published=parity is not None, progress=progress)
+        own = score.self_influence(member, fitted, progress=progress) if normalize == "relatif" else None
+        members.append(score.Member(member, solved, weight, own))
     if asked.controls is not None:
         words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
         shown = [{"text": f"mean of {len(examples)} queries minus mean of {len(asked.controls)} controls"}]
@@ -96,13 +106,11 @@ def query(
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
     if scores is not None:
         reducers["full"] = Full()
-    own = score.self_influence(opened, fitted, progress=progress) if normalize == "relatif" else None
-    members = [score.Member(opened, solved, self_influence=own)]
     found = score.score_members(members, reducers, normalize=normalize, query_rank=query_rank, progress=progress)
     if scores is not None:
         _save(found["full"], scores)
-    by_words = baselines.bm25(opened.catalog, words, k=k)
-    return _document(opened, fitted, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
+    by_words = baselines.bm25(opened.first.catalog, words, k=k)
+    return _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -118,6 +126,16 @@ def model_of(model: str | nn.Module | None, index: Index) -> str | nn.Module:
     if found is None:
         raise SpecError(f"{index.path}: was built from a model in memory; pass that model and its task")
     return found
+
+
+def models_of(model: Checkpoint | Sequence[Checkpoint] | None, opened: Ensemble) -> list[Checkpoint]:
+    """The model of each member: given, or noted in its index."""
+    if model is None:
+        return [model_of(None, member) for member in opened.members]
+    given: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
+    if len(given) != len(opened.members):
+        raise SpecError(f"{opened.path}: expected {len(opened.members)} models, one a checkpoint, got {len(given)}")
+    return given
 
 
 def _read(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -154,8 +172,8 @@ def _save(matrix: Tensor, path: str) -> None:
 
 
 def _document(
-    index: Index,
-    fitted: Curvature,
+    opened: Ensemble,
+    fits: Sequence[Curvature],
     shown: Sequence[dict[str, Any]],
     found: dict[str, Any],
     drawn: Sequence[Sequence[int]],
@@ -164,6 +182,7 @@ def _document(
     bottom: bool,
     normalize: str,
 ) -> dict[str, Any]:
+    index = opened.first
     columns = {row: column for column, row in enumerate(_together(drawn).tolist())}
     chance = [[(row, found["random"][i, columns[row]].item()) for row in rows] for i, rows in enumerate(drawn)]
     return {
@@ -176,12 +195,12 @@ def _document(
             }
             for i, content in enumerate(shown)
         ],
-        "method": {**method_facts(index, fitted), "normalize": normalize},
+        "method": {**method_facts(opened, fits), "normalize": normalize},
         "baselines": {
             "bm25": [_listed(index, rows) for rows in by_words],
             "random": [_listed(index, pairs) for pairs in chance],
         },
-        "skipped": index.summary["skipped"],
+        "skipped": opened.skipped,
         "sign": SIGN,
     }
 

@@ -65,6 +65,7 @@ def print_info(doc: Doc, console: Console) -> None:
     """One page about an index: what it holds, of which model, what it cost, and what was fitted to it."""
     rows = [
         ("index", doc.get("path")),
+        ("checkpoints", f"{doc['members']}, an index each; {_weights(doc)}" if "members" in doc else None),
         ("model", doc.get("model") or doc.get("notes", {}).get("model")),
         ("data", doc.get("data") or doc.get("notes", {}).get("data")),
         ("rows", f"{doc['rows']:,}"),
@@ -267,6 +268,12 @@ def _stored(doc: Doc) -> str:
     least = min(captured["blocks"].items(), key=lambda item: item[1]["mean"])
     kept = f"{100 * captured['mean']:.0f} % of the rows' energy kept, least in {least[0]}"
     return f"{codec}, {kept} ({100 * least[1]['mean']:.0f} %)"
+
+
+def _weights(doc: Doc) -> str:
+    if len(set(doc["weights"])) == 1:
+        return f"scores are added up with the weight {doc['weights'][0]:.4g}"
+    return "scores are added up with the weights " + ", ".join(f"{weight:.4g}" for weight in doc["weights"])
 
 
 def _coverage(doc: Doc) -> str:

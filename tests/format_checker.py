@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 ROWS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8", "sign": "U8"}
-FEATURES = {"codec", "append"}
+FEATURES = {"codec", "append", "ensemble"}
 
 
 def text_hash(data: bytes) -> str:
@@ -25,11 +25,26 @@ def json_digest(value: object) -> str:
 def check(folder: Path) -> None:
     """AssertionError (or KeyError, FileNotFoundError) at the first thing that the page forbids."""
     spec, manifest = check_artifact(folder)
+    if manifest["kind"] == "ensemble":
+        check_ensemble(folder, spec, manifest)
+        return
     assert manifest["kind"] == "index"
     check_shards(folder, spec, manifest)
     check_catalog(folder, spec, manifest)
     for fitted in sorted([*folder.glob("curvature/*/manifest.json"), *folder.glob("bases/manifest.json")]):
         check_artifact(fitted.parent)
+
+
+def check_ensemble(folder: Path, spec: dict, manifest: dict) -> None:
+    assert manifest["requires"] == ["ensemble"] and manifest["records"] == []
+    assert set(manifest["files"]) == {f"{member['place']}/manifest.json" for member in spec["members"]}
+    for member in spec["members"]:
+        check(folder / member["place"])
+        inner, listed = (
+            json.loads((folder / member["place"] / name).read_bytes()) for name in ("spec.json", "manifest.json")
+        )
+        identity = listed["history"][-1]["digest"] if "history" in listed else inner["digest"]
+        assert (member["digest"], spec["data"]) == (identity, inner["spec"]["data"])
 
 
 def check_artifact(folder: Path) -> tuple[dict, dict]:
