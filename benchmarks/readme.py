@@ -32,7 +32,7 @@ def frontier() -> str:
         "|---|---|---|---|---|---|",
     ]
     notes = []
-    for model, title in (("llama", "BBC news, Llama"), ("gpt2", "State of the Union, GPT-2")):
+    for model, title in MODELS:
         settings = {(r["projection"], r["codec"], r["budget"]): r for r in found[model]["settings"]}
         values = {name: r["lds at default damping"] for name, r in settings.items()}
         for budget in sorted({r["budget"] for r in settings.values() if r["budget"]}):
@@ -53,6 +53,7 @@ def frontier() -> str:
 
 
 RULE = "rank:side/16:int4"
+MODELS = (("llama", "BBC news, Llama"), ("qwen", "Brown corpus, Qwen2"), ("gpt2", "State of the Union, GPT-2"))
 
 
 def compared(row: dict[str, Any]) -> tuple[str, str, int]:
