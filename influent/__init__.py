@@ -9,6 +9,7 @@ The pipeline, stage by stage (each talks to the next only through a directory on
     self_influence(out)         outliers, wrong labels and planted rows first
     value(out, target=…)        what rows and providers are worth to a target, with intervals and payments
     info(out), verify(out)      what an index holds; whether every byte is as it was written
+    evaluate(out, truth=…, …)   the scores, and those of other tools, judged by what retraining does
 
 A model of your own needs a `Task`: its loss per example. Importing this package is cheap; torch comes with first use.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from influent.appending import append as append
     from influent.compress import Compress as Compress
     from influent.curvature import Damping as Damping
+    from influent.evaluating import evaluate as evaluate
     from influent.methods import METHODS as METHODS
     from influent.methods import fit as fit
     from influent.methods import index as index
@@ -37,6 +39,7 @@ _HOMES = {
     "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
     "appending": ("append",),
     "querying": ("query",),
+    "evaluating": ("evaluate",),
     "rowstore": ("Index",),
     "task": ("CausalLM", "Classification", "Task"),
     "compress": ("Compress",),

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import influent
-from influent import cli_value, preflight
+from influent import cli_evaluate, cli_value, preflight
 from influent.errors import InfluentError
 from influent.options import (
     Checkpoints,
@@ -306,7 +306,7 @@ def demo(
     print_document(document, page, json=json)
 
 
-for verb in cli_value.VERBS:
+for verb in (*cli_evaluate.VERBS, *cli_value.VERBS):
     app.command()(verb)
 
 

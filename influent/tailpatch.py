@@ -6,7 +6,7 @@ tokens. The step is AdamW's first, at the rate of fine-tuning: each weight moves
 gradient. Kept per query and rows, so that an interrupted run goes on. Not here: the model and its rows (finetune.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ KIND = "tail-patch"
 
 def tail_patch(
     named: Mapping[str, np.ndarray],
-    load: Callable[[], FineTune],
+    tuned: FineTune,
     store: Store,
     spec: Mapping[str, Any],
     queries: np.ndarray,
@@ -39,7 +39,7 @@ def tail_patch(
     gain of all `k` together (`together`).
 
     Args:
-        load: gives the final model with its rows and queries; called only if something is missing.
+        tuned: the final model with its rows and queries.
         store, spec: where results are kept, and what they depend on; MismatchError for another spec there.
     Raises:
         NumericsError: a step leads to a loss that is not finite.
@@ -51,7 +51,6 @@ def tail_patch(
         if writer.committed:
             store.delete("manifest.json")  # it shall not vouch for less than there is
             writer.committed = False
-        tuned = load()
         before = -tuned.measure()[0]
         for done, (name, (q, rows)) in enumerate(missing.items()):
             if progress is not None:

@@ -83,7 +83,7 @@ class Truth:
         """Begin a ground truth, or go on with the one that is there.
 
         `known` are the fields of its spec (`rows` and `queries`, how many; `data` and `asked`, their digests;
-        `trainer`) as far as the caller knows them; None is anything that is there.
+        `trainer`) as far as the caller knows them; None, on either side, is anything.
         Raises MismatchError, naming the field, for the truth of something else; FormatError where there is none and
         no trainer to make one; CorruptError for damage.
         """
@@ -96,7 +96,7 @@ class Truth:
             stored = dict(json.loads(store.get("spec.json"))["spec"])
         except (ValueError, KeyError, TypeError) as e:
             raise CorruptError(f"{path}/spec.json: not readable as a spec; restore it, or give another --truth") from e
-        given = {name: value for name, value in known.items() if value is not None}
+        given = {name: value for name, value in known.items() if value is not None and stored.get(name) is not None}
         for name in ("rows", "queries"):  # in words: the commonest mistake
             if stored.get(name) != given.get(name, stored.get(name)):
                 raise MismatchError(

@@ -366,8 +366,11 @@ def assert_same_files(one: Path, other: Path) -> None:
 def test_a_verb_is_the_function_of_the_same_name() -> None:
     import influent
 
-    for verb in ("index", "fit", "query", "self_influence", "info", "verify"):
-        options = inspect.signature(getattr(cli, verb)).parameters
+    verbs = {
+        str(getattr(command.callback, "__name__", "")): command.callback for command in cli.app.registered_commands
+    }
+    for verb in ("index", "fit", "query", "self_influence", "info", "verify", "evaluate"):
+        options = inspect.signature(verbs[verb]).parameters
         parameters = inspect.signature(getattr(influent, verb)).parameters
         ours = {name: p.default for name, p in options.items() if name != "json" and (name != "out" or verb == "index")}
         theirs = {name: p.default for name, p in parameters.items() if name not in ("task", "progress")}

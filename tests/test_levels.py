@@ -12,20 +12,21 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients",
-     "hashing", "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides",
-     "task", "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables"],
-    ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank",
-     "moments", "pairs"],
+    ["baselines", "catalog", "catalog_part", "codec", "damping", "digests", "examples", "fetch", "gradients", "hashing",
+     "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
+     "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables"],
+    ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
+     "pairs"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
      "truncated", "truth", "rowsums", "checkpoints", "ensemble"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
-     "rerun", "tailpatch", "providers", "settling", "target", "valuing"],
-    ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page"],
+     "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders"],
+    ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
+     "evaluating", "plots", "scorecard", "trial"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
-LAZY = {("cli", "__init__"), ("cli_value", "__init__")}
+LAZY = {("cli", "__init__"), ("cli_evaluate", "__init__"), ("cli_value", "__init__")}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "fsspec"}
 LIGHT = [
     "choosing",
@@ -35,6 +36,8 @@ LIGHT = [
     "damping",
     "ensemble",
     "errors",
+    "cli_evaluate",
+    "evaluating",
     "payments",
     "merkle",
     "intervals",
