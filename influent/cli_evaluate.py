@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import influent
-from influent.options import CurvatureName, Damping, Device, Json, Memory, TokenBudget
+from influent.options import CurvatureName, Damping, Device, Json, Memory, Models, Parity, TokenBudget
 from influent.terminal import print_document, progress_bars
 
 
@@ -73,12 +73,13 @@ def evaluate(
     normalize: Annotated[str, typer.Option(metavar="NAME", help="none, cosine or relatif.")] = "none",
     curvature: CurvatureName = None,
     damping: Damping = None,
+    parity: Parity = None,
     damping_grid: Annotated[
         str | None,
         typer.Option(metavar="X,X", help="Relative dampings; the best on a tenth of the queries is used on the rest."),
     ] = None,
     memory: Memory = None,
-    model: Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")] = None,
+    model: Models = None,
     token_budget: TokenBudget = 4096,
     device: Device = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Write plots (needs influent[plots]).")] = None,
@@ -96,7 +97,7 @@ def evaluate(
             index, scores=scores, queries=queries, data=data, truth=truth, metric=metric, train=train, base=base,
             epochs=epochs, rate=rate, batch=batch, max_length=max_length, subsets=subsets, seeds=seeds, leave=leave,
             left_out=left_out, remove=remove, probes=probes, shares=shares, k=k, flags=flags, normalize=normalize,
-            curvature=curvature, damping=damping, damping_grid=damping_grid, memory=memory, model=model,
+            curvature=curvature, damping=damping, parity=parity, damping_grid=damping_grid, memory=memory, model=model,
             token_budget=token_budget, device=device, plot=plot, html=html, progress=progress,
         )  # fmt: skip
     from influent.scorecard import print_evaluate

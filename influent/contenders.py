@@ -15,6 +15,7 @@ from influent import baselines
 from influent.artifact import Artifact, kind_of
 from influent.curvature import list_fitted
 from influent.digests import digest
+from influent.ensemble import Ensemble
 from influent.errors import DataError, NumericsError, SpecError
 from influent.methods import self_influence
 from influent.progress import Progress
@@ -51,12 +52,13 @@ def read_rows(data: Any) -> Rows:
     return Rows([example.content for example in kept], labels)
 
 
-def indexed_rows(index: Index) -> Rows | None:
+def indexed_rows(index: Ensemble) -> Rows | None:
     """The records behind an index's rows; None where it was made of examples that are not records."""
-    described = index.catalog.describe(list(range(index.n)))
+    catalog = index.first.catalog
+    described = catalog.describe(list(range(index.n)))
     labels = {name: [row[name] for row in described] for name in ("source", "provider")}
     try:
-        return Rows(index.catalog.examples(0, index.n), labels)
+        return Rows(catalog.examples(0, index.n), labels)
     except SpecError:  # a catalog of ids alone
         return None
 
@@ -107,11 +109,12 @@ def shared_words(rows: Rows, queries: Rows) -> np.ndarray:
 class FromIndex:
     """How an index's own scores are made: the options of `influent query`."""
 
-    index: Index
+    index: Ensemble
     queries: Any
     normalize: str = "none"
     curvature: str | None = None
     damping: str | None = None
+    parity: str | None = None
     memory: int | None = None
     model: Any = None
     task: Any = None
@@ -120,7 +123,7 @@ class FromIndex:
 
     @property
     def name(self) -> str:
-        return str(self.index.notes["method"])
+        return str(self.index.first.notes["method"])
 
     def matrix(self, damping: str | None, progress: Progress | None) -> tuple[np.ndarray, dict[str, Any]]:
         """The scores with this damping (by default that of the options), and what `influent query` says of its
@@ -129,7 +132,8 @@ class FromIndex:
             path = f"{folder}/scores.npy"
             document = query(
                 self.index.path, queries=self.queries, k=1, bottom=False, scores=path, normalize=self.normalize,
-                curvature=self.curvature, damping=damping or self.damping, memory=self.memory, model=self.model,
+                curvature=self.curvature, damping=damping or self.damping, parity=self.parity,
+                memory=self.memory, model=self.model,
                 task=self.task, token_budget=self.token_budget, device=self.device, progress=progress,
             )  # fmt: skip
             return np.load(path).astype(np.float64), document["method"]
@@ -137,8 +141,8 @@ class FromIndex:
     def suspicion(self, progress: Progress | None) -> np.ndarray:
         """Self-influence of every row, [N]."""
         document = self_influence(
-            self.index.path, k=self.index.n, curvature=self.curvature, damping=self.damping, memory=self.memory,
-            progress=progress,
+            self.index.path, k=self.index.n, curvature=self.curvature, damping=self.damping, parity=self.parity,
+            memory=self.memory, progress=progress,
         )  # fmt: skip
         values = np.empty(self.index.n)
         for row in document["rows"]:
@@ -146,9 +150,10 @@ class FromIndex:
         return values
 
 
-def own_losses(index: Index) -> np.ndarray:
-    """The loss of every row a target token, [N]: the plainest sign of a wrong label."""
-    return (index.stat("loss").double() / index.stat("tokens").double().clamp(min=1)).numpy()
+def own_losses(index: Ensemble) -> np.ndarray:
+    """The loss of every row a target token, mean over the members, [N]: the plainest sign of a wrong label."""
+    each = [member.stat("loss").double() / member.stat("tokens").double().clamp(min=1) for member in index.members]
+    return np.mean([losses.numpy() for losses in each], axis=0)
 
 
 def forget(index: Index, before: Sequence[str], keep: str) -> None:

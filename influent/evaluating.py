@@ -50,6 +50,7 @@ def evaluate(
     normalize: str = "none",
     curvature: str | None = None,
     damping: str | None = None,
+    parity: str | None = None,
     damping_grid: str | None = None,
     memory: int | None = None,
     model: Any = None,
@@ -64,7 +65,7 @@ def evaluate(
     protocol of each metric.
 
     Args:
-        index: an index, scored with `normalize`, `curvature` and `damping` as `query` would.
+        index: an index, scored with `normalize`, `curvature`, `damping`, `parity` as `query` would.
         scores: other score matrices, queries x training rows, larger = stronger: `NAME=FILE.npy` each, or a mapping of
             names to arrays or files. For `mislabel` also vectors [N], larger = more suspicious.
         queries, data: records; `data` is the training rows, by default those of the index.
@@ -126,6 +127,7 @@ class Request:
     normalize: str
     curvature: str | None
     damping: str | None
+    parity: str | None
     damping_grid: str | None
     memory: int | None
     model: Any
@@ -150,12 +152,16 @@ class Request:
         if isinstance(self.data, str):
             preflight.data(self.data)
         if self.index is not None:
-            opened = preflight.index(self.index)
-            if self.queries is not None and (self.model is None or isinstance(self.model, str)):
-                preflight.same_model(opened, self.model)
-        for path in (self.base, self.model if self.index is None else None):
+            opened = preflight.ensemble(self.index)
+            if self.queries is not None and all(isinstance(path, str) for path in self._models):
+                preflight.same_models(opened, self._models)
+        for path in (self.base, *(self._models if self.index is None else ())):
             if isinstance(path, str):
                 preflight.model(path)
+
+    @property
+    def _models(self) -> list[Any]:
+        return list(self.model) if isinstance(self.model, list | tuple) else [self.model] * (self.model is not None)
 
     def _check_sources(self) -> None:
         files = self.files
@@ -184,6 +190,7 @@ class Request:
         preflight.choice("--normalize", self.normalize, ("none", "cosine", "relatif"))
         preflight.curvature(self.curvature)
         preflight.damping(self.damping)
+        preflight.parity(self.parity)
         for option, value, least in (
             ("--epochs", self.epochs, 1), ("--batch", self.batch, 1), ("--subsets", self.subsets, 2),
             ("--seeds", self.seeds, 1), ("--left-out", self.left_out, 2), ("--probes", self.probes, 1),

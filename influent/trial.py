@@ -6,7 +6,7 @@ tailpatch.py), pages and plots (scorecard.py, plots.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ from influent import contenders, judging, plots, scorecard
 from influent.contenders import BM25, LOSS, RANDOM, FromIndex, Rows
 from influent.curvature import list_fitted
 from influent.digests import digest
+from influent.ensemble import Ensemble
 from influent.errors import DataError, MismatchError, SpecError
 from influent.finetune import FineTune, Recipe
 from influent.judging import Halves
 from influent.progress import Progress
 from influent.rerun import Reruns, Trainer, identify, load_trainer
 from influent.rng import Stream
-from influent.rowstore import Index
 from influent.storage import Store
 from influent.tailpatch import tail_patch
 from influent.truth import Truth
@@ -42,7 +42,7 @@ class Trial:
 
     def __init__(self, request: Request, progress: Progress | None):
         self.ask, self.progress = request, progress
-        self.index = None if request.index is None else Index.open(request.index)
+        self.index = None if request.index is None else Ensemble.open(request.index)
         self.rows = self._rows()
         self.queries = None if request.queries is None or self._plain else contenders.read_rows(request.queries)
         self.files = self._files()
@@ -113,8 +113,8 @@ class Trial:
         assert self.index is not None
         return FromIndex(
             index=self.index, queries=ask.queries, normalize=ask.normalize, curvature=ask.curvature,
-            damping=ask.damping, memory=ask.memory, model=ask.model, task=ask.task, token_budget=ask.token_budget,
-            device=ask.device,
+            damping=ask.damping, parity=ask.parity, memory=ask.memory, model=ask.model, task=ask.task,
+            token_budget=ask.token_budget, device=ask.device,
         )  # fmt: skip
 
     def _gather(self) -> Doc:
@@ -139,12 +139,14 @@ class Trial:
         tuning = Stream(0, "", "evaluate", "tuning").subset(self.num_queries, size)
         self.reported = np.delete(self.reported, tuning)
         assert self.index is not None
-        fitted, found, values = list_fitted(self.index), {}, {}
+        fitted = [list_fitted(member) for member in self.index.members]
+        found, values = {}, {}
         for damping in self.ask.grid:
             found[damping] = self._own.matrix(damping, self.progress)
             values[damping] = float(self.halves.lds(found[damping][0], tuning).mean())
         chosen = max(values, key=lambda damping: values[damping])
-        contenders.forget(self.index, fitted, f"fim:{chosen}")
+        for member, before in zip(self.index.members, fitted, strict=True):
+            contenders.forget(member, before, f"fim:{chosen}")
         told["damping"] = {"chosen": chosen, "lds": values, "tuned_on": tuning.tolist()}
         return found[chosen]
 
@@ -161,7 +163,7 @@ class Trial:
         ask = self.ask
         if self.rows is None or self.queries is None:
             raise SpecError("the built-in training needs texts: give --data FILE and --queries FILE")
-        length = ask.max_length or (self.index.notes["max_length"] if self.index is not None else None)
+        length = ask.max_length or (self.index.first.notes["max_length"] if self.index is not None else None)
         recipe = Recipe(epochs=ask.epochs, rate=ask.rate, batch=ask.batch, max_length=length or DEFAULT_LENGTH)
         return FineTune.load(
             model, self.rows.contents, self.queries.contents, recipe, token_budget=ask.token_budget, device=ask.device
@@ -222,7 +224,9 @@ class Trial:
 
     def _tail_patch(self) -> Doc:
         ask = self.ask
-        model = ask.model if ask.model is not None else self.index and self.index.notes["model"]
+        model = ask.model if ask.model is not None else self.index and self.index.first.notes["model"]
+        if isinstance(model, Sequence) and not isinstance(model, str):
+            model = model[0]  # of an ensemble, that of its first member
         if not isinstance(model, str):
             raise SpecError("tail-patch needs the model as a folder or name: give --model")
         tuned = self._finetune(model)

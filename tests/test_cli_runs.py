@@ -366,9 +366,8 @@ def assert_same_files(one: Path, other: Path) -> None:
 def test_a_verb_is_the_function_of_the_same_name() -> None:
     import influent
 
-    verbs = {
-        str(getattr(command.callback, "__name__", "")): command.callback for command in cli.app.registered_commands
-    }
+    callbacks = (command.callback for command in cli.app.registered_commands)
+    verbs = {callback.__name__: callback for callback in callbacks if callback is not None}
     for verb in ("index", "fit", "query", "self_influence", "info", "verify", "evaluate"):
         options = inspect.signature(verbs[verb]).parameters
         parameters = inspect.signature(getattr(influent, verb)).parameters

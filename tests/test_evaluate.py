@@ -307,6 +307,18 @@ def test_mistakes_and_help_import_nothing_heavy(here):
         assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_an_ensemble_is_judged_like_an_index(here):
+    make_model(here / "second", seed=1)
+    influent.index("model", "data.jsonl", "both", compress="sjlt:8", method="graddot", checkpoints=["second"])
+    np.save("flags.npy", np.arange(N) < 3)
+    found = influent.evaluate(
+        "both", queries="queries.jsonl", truth="truth", train=lambda rows, seed: np.cos(rows.sum() + np.arange(4)),
+        metric="lds,mislabel", flags="flags.npy", subsets=3,
+    )  # fmt: skip
+    assert list(found["lds"]["methods"]) == ["graddot", "bm25", "random"]
+    assert list(found["mislabel"]["methods"]) == ["graddot", "loss", "random"]
+
+
 def test_errors_of_the_api(tmp_path):
     with pytest.raises(DataError, match="2 or more of each row"):
         influent.evaluate(scores={"a": np.ones((2, 1))}, truth=str(tmp_path / "t"), metric="loo", train=lambda r, s: r)

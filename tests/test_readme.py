@@ -1,5 +1,6 @@
 """The README's commands and Python blocks run as they stand, on a tiny model and the names that they use."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,6 +56,15 @@ def test_the_commands_for_small_rows_run(place):
     printed = [run(place, "bash", "-c", command) for command in commands]
     assert "japan" in printed[1]
     assert "17" in printed[3] and "stale" in printed[3]
+
+
+def test_the_judge_of_ones_own_index_runs(place):
+    query = {"prompt": "The money of Japan is called", "completion": " yen"}
+    (place / "my-queries.jsonl").write_text(json.dumps(query) + "\n")
+    block = next(block for block in blocks("sh") if "my-truth" in block)
+    run(place, "bash", "-c", "influent index my-model my-data.jsonl -o my-index --compress sjlt:16")
+    printed = run(place, "bash", "-c", block)
+    assert "8 subsets" in printed and "bm25" in printed
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
