@@ -8,6 +8,7 @@ The pipeline, stage by stage (each talks to the next only through a directory on
     query(out, prompt=…, …)     gradients of a query, preconditioned, against every row
     self_influence(out)         outliers, wrong labels and planted rows first
     value(out, target=…)        what rows and providers are worth to a target, with intervals and payments
+    mask(model, data, file)     which gradient entries to keep, learned; `select:FILE` is the compressor
     info(out), verify(out)      what an index holds; whether every byte is as it was written
     evaluate(out, truth=…, …)   the scores, and those of other tools, judged by what retraining does
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from influent.compress import Compress as Compress
     from influent.curvature import Damping as Damping
     from influent.evaluating import evaluate as evaluate
+    from influent.masking import mask as mask
     from influent.methods import METHODS as METHODS
     from influent.methods import fit as fit
     from influent.methods import index as index
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
     "appending": ("append",),
+    "masking": ("mask",),
     "querying": ("query",),
     "evaluating": ("evaluate",),
     "rowstore": ("Index",),

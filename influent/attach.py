@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from influent import loading
+from influent import loading, selection
 from influent.bases import FOLDER, Bases, Calibration, Sample
 from influent.budget import Budget
 from influent.codec import Codec
@@ -20,7 +20,7 @@ from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
-from influent.layers import device_of, plan
+from influent.layers import Plan, device_of, plan
 from influent.layout import with_factors
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
@@ -94,7 +94,7 @@ def attach(
     """The model ready for collecting; within the context it is in evaluation mode and its parameters are frozen.
 
     Args:
-        index: where the bases of a learned stage (pca, whiten) are; not needed without one.
+        index: where the bases of a learned stage (pca, whiten, select) are; not needed without one.
         sample: the training rows to learn such bases from, while indexing. Without it they are read.
 
     Raises:
@@ -108,7 +108,7 @@ def attach(
         stack.enter_context(frozen(module))
         tracked = plan(module, setting.layers, setting.exclude)
         text, rows = (setting.compress, setting.rows) if setting.budget is None else setting.budget.choose(tracked)
-        compressor, device = Compress.parse(text), device_of(module)
+        (compressor, mask), device = selection.resolve(Compress.parse(text)), device_of(module)
         facts = _facts(module, task, setting)
         bases = None
         if compressor.learned is not None:
@@ -117,6 +117,8 @@ def attach(
                 token_budget=run.token_budget, skip_nonfinite=run.skip_nonfinite,
             )  # fmt: skip
             bases = _bases(calibration, index, sample, progress)
+        elif compressor.selects is not None:
+            bases = _selected(compressor, mask, tracked, index)
         bound = {
             block.name: compressor.bind(block, setting.seed, bases and bases.matrices[block.name]).to(device)
             for block in tracked.blocks
@@ -134,6 +136,19 @@ def _bases(calibration: Calibration, index: Store | None, sample: Sample | None,
         raise SpecError(f"compressor: '{calibration.stage}' is learned from an index's data; give the index")
     place = index.child(FOLDER)
     return calibration.load(place) if sample is None else calibration.learn(place, sample, progress)
+
+
+def _selected(compressor: Compress, file: str | None, tracked: Plan, index: Store | None) -> Bases:
+    """The entries that a learned mask keeps: from the index, into which a `file` is copied first."""
+    place = None if index is None else index.child(FOLDER)
+    if place is None or (file is None and not place.exists("manifest.json")):
+        raise SpecError(
+            f"compressor '{compressor}': a size stands for the mask that is kept with an index; name one that was "
+            "learned, select:FILE"
+        )
+    if file is not None:
+        selection.adopt(file, place)
+    return Bases(*selection.load(place, compressor, tracked.blocks))
 
 
 def check_same(index: Index, attached: Attached) -> None:

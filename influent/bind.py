@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influent.compress import LEARNED, Compress, Stage
+from influent.compress import LEARNED, SELECT, Compress, Stage
 from influent.errors import SpecError
 from influent.gradients import Flat, Grad, Outer, Side
 from influent.layers import Block
@@ -98,26 +98,30 @@ def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor
     """Draw the maps of `compress` for `block`: a pure function of its arguments.
 
     Args:
-        bases: the matrices [p, k] of a learned stage for the sides "in" and "out", or "flat" of a vector block; a side
-            without one is left as it is.
+        bases: the matrices [p, k] of a learned stage, or the kept entries [k] of a mask, for the sides "in" and "out",
+            or "flat" of a vector block or flat mask; a side without one is left as it is.
 
     Raises:
         SpecError: a learned stage without bases, or more hashes than a side is wide.
     """
-    if compress.learned is not None and bases is None:
-        raise SpecError(f"compressor '{compress}': '{compress.learned}' must be learned from data before it is bound")
+    if (learned := compress.learned or compress.selects) is not None and bases is None:
+        raise SpecError(f"compressor '{compress}': '{learned}' must be learned from data before it is bound")
     maps: dict[str, list[Map]] = {"in": [], "out": [], "flat": []}
     inner, outer, p, flat = block.in_width, block.out_width, block.width, block.is_vector
     for number, stage in enumerate(compress.stages):
         flat = flat or stage.is_flat
-        if flat:
+        if flat and stage.kind == SELECT:  # a mask learned over all blocks keeps more of one than of another
+            todo = [("flat", p, p := len((bases or {})["flat"]))]
+        elif flat:
             todo = [("flat", p, p := stage.length(p))]
         else:
             a, b = stage.sides(inner, outer)
             todo = [("in", inner, a), ("out", outer, b)]
             inner, outer, p = a, b, a * b
         for side, before, after in todo:
-            if stage.kind in LEARNED:
+            if stage.kind == SELECT:
+                maps[side].append(_selected(before, (bases or {})[side]))
+            elif stage.kind in LEARNED:
                 maps[side].append(_learned(before, (bases or {}).get(side)))
             else:
                 maps[side].append(_draw(stage, before, after, seed, block, f"{side}/{number}"))
@@ -126,6 +130,10 @@ def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor
 
 def _learned(p: int, matrix: Tensor | None) -> Map:
     return Identity(p) if matrix is None else Basis(p, matrix.shape[1], matrix)
+
+
+def _selected(p: int, kept: Tensor) -> Map:
+    return Identity(p) if len(kept) == p else Mask(p, kept.long(), uniform=False)
 
 
 def _draw(stage: Stage, p: int, k: int, seed: int, block: Block, side: str) -> Map:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import influent
-from influent import cli_evaluate, cli_value, preflight
+from influent import cli_evaluate, cli_mask, cli_value, preflight
 from influent.errors import InfluentError
 from influent.options import (
     Checkpoints,
@@ -111,9 +111,8 @@ def index(
         preflight.context(each, max_length)
         preflight.layers(each, layers, exclude)
     numerics = {"dtype": dtype, "matmul": matmul}
-    preflight.place(
-        out, {"compress": compress, "rows": rows, "seed": seed, "numerics": numerics}, 1 + len(checkpoints or ())
-    )
+    wanted = {"compress": preflight.stored_compressor(compress), "rows": rows, "seed": seed, "numerics": numerics}
+    preflight.place(out, wanted, 1 + len(checkpoints or ()))
     with progress_bars() as progress:
         document = influent.index(
             model, data, out=out, checkpoints=checkpoints, rates=rates, method=method,
@@ -306,7 +305,7 @@ def demo(
     print_document(document, page, json=json)
 
 
-for verb in (*cli_evaluate.VERBS, *cli_value.VERBS):
+for verb in (*cli_evaluate.VERBS, *cli_mask.VERBS, *cli_value.VERBS):
     app.command()(verb)
 
 

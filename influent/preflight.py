@@ -22,6 +22,7 @@ from influent.ensemble import place as member_place
 from influent.errors import DataError, FormatError, LayerError, MismatchError, SpecError
 from influent.records import files_of, is_hub_name, read_examples
 from influent.rowstore import Index
+from influent.selection import parse_size, resolve
 from influent.storage import UNFINISHED, Store
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -55,6 +56,18 @@ def size(text: str | None) -> int | None:
 def compressor(text: str | None) -> str | None:
     """The canonical text of a compressor; SpecError when it does not parse."""
     return None if text is None else str(Compress.parse(text))
+
+
+def stored_compressor(text: str | None) -> str | None:
+    """The text as an index holds it: of a learned mask, its size. FormatError when there is no mask in its folder."""
+    return None if text is None else str(resolve(Compress.parse(text))[0])
+
+
+def mask_size(text: str, scope: str) -> str:
+    """The size of a mask; SpecError unless it is K or, for a mask of each layer, AxB."""
+    if len(parse_size(text)) == 2 and scope == "all":
+        raise SpecError(f"--size {text}: a mask over all layers together is flat; give one number")
+    return text
 
 
 def damping(text: str | None) -> str | None:

@@ -82,8 +82,8 @@ def query(
     if query_rank is not None and not any(map(codec.stored_rank, opened.first.factors.values())):
         raise SpecError(f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {codec}")
     models = models_of(model, opened)
-    examples, shown = _read(_given(prompt, completion, queries), task)
-    asked = Asked(examples, None if control is None else _read(control, task)[0])
+    examples, shown = read_queries(_given(prompt, completion, queries), task)
+    asked = Asked(examples, None if control is None else read_queries(control, task)[0])
     words = [display_text(content) for content in shown]
     fits = [
         choose_curvature(
@@ -138,7 +138,7 @@ def models_of(model: Checkpoint | Sequence[Checkpoint] | None, opened: Ensemble)
     return given
 
 
-def _read(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
+def read_queries(given: Any, task: Task | None) -> tuple[list[Any], list[dict[str, Any]]]:
     """Examples, and what a result shows of each."""
     if task is not None and not isinstance(task, Encodes):
         examples = [given[i] for i in range(len(given))]

@@ -125,6 +125,16 @@ def print_fit(doc: Doc, console: Console) -> None:
     _line(console, f"fitted {_curvature(doc)}")
 
 
+def print_mask(doc: Doc, console: Console) -> None:
+    """How much better than chance the entries agree that a learned mask keeps, in the mean over its layers."""
+    learned = [block for block in doc["blocks"] if "held" in block]
+    _line(console, f"{doc['path']}: a mask of {doc['size']}, {len(doc['blocks'])} layers, {doc['rows']:,} rows")
+    if learned:
+        held, chance = (sum(block[name] for block in learned) / len(learned) for name in ("held", "random"))
+        _line(console, f"inner products agree at {held:.3f} on pairs held out; with random masks at {chance:.3f}")
+    _line(console, f'use it: influent index … --compress "select:{doc["path"]}"')
+
+
 def print_verify(doc: Doc, console: Console) -> None:
     """`ok`, or every problem on a line of its own."""
     for problem in doc["errors"]:

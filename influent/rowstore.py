@@ -266,7 +266,7 @@ def _check_bases(index: Index) -> list[str]:
     bases = index.store.child("bases")
     if not bases.exists("manifest.json"):
         return [f"{bases}: missing or unfinished, but the rows were compressed with it; restore it, or index again"]
-    if (got := content(Artifact.open(bases, "bases").records)) != index.spec["bases"]:
+    if (got := content(Artifact.open(bases, kind_of(bases)).records)) != index.spec["bases"]:
         return [f"{bases}: its content is {got}, but the index was made with {index.spec['bases']}; restore it"]
     return []
 

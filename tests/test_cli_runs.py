@@ -368,10 +368,14 @@ def test_a_verb_is_the_function_of_the_same_name() -> None:
 
     callbacks = (command.callback for command in cli.app.registered_commands)
     verbs = {callback.__name__: callback for callback in callbacks if callback is not None}
-    for verb in ("index", "fit", "query", "self_influence", "info", "verify", "evaluate"):
+    for verb in ("index", "fit", "query", "self_influence", "info", "verify", "evaluate", "mask"):
         options = inspect.signature(verbs[verb]).parameters
         parameters = inspect.signature(getattr(influent, verb)).parameters
-        ours = {name: p.default for name, p in options.items() if name != "json" and (name != "out" or verb == "index")}
+        ours = {
+            name: p.default
+            for name, p in options.items()
+            if name != "json" and (name != "out" or verb in ("index", "mask"))
+        }
         theirs = {name: p.default for name, p in parameters.items() if name not in ("task", "progress")}
         assert ours.keys() == theirs.keys(), verb
         required = inspect.Parameter.empty

@@ -89,7 +89,7 @@ UNKNOWN = [
     "mask:4x", "mask:x4", "mask:4x4x4", "mask:4X4", "MASK:4", "Mask:4", "mask 4", "mask: 4", "mask:4 sjlt:4",
     "mask:4 |", "| mask:4", "mask:4 || sjlt:2", "mask:4;sjlt:2", "mask:1\u0664", "id | mask:4", "mask:4 | id", "id:4",
     "pca:4", "whiten:4", "pca", "rotate:4", "rotate:4x4", "rotate,s=2", "rotate rotate", "mask:/", "mask:/0",
-    "mask:4/2", "mask:/2x2", "mask:/-1", "mask:16 | sjlt:/2", "select:mask.safetensors", "nonsense:4",
+    "mask:4/2", "mask:/2x2", "mask:/-1", "mask:16 | sjlt:/2", "select:", "nonsense:4",
     "sjlt:4,", "sjlt:4, s=2", "sjlt:4,S=2",
     "mask:4\nsjlt:2", "mask:16 | sjlt:4x4", "mask:4x4 | sjlt:16 | gauss:2x2",
 ]  # fmt: skip

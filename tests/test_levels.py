@@ -16,17 +16,18 @@ LEVELS = [
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
-     "pairs"],
+     "pairs", "agreement"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
-     "truncated", "truth", "rowsums", "checkpoints", "ensemble"],
+     "truncated", "truth", "rowsums", "checkpoints", "ensemble",
+     "selection", "selective"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
-     "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders"],
+     "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
-     "evaluating", "plots", "scorecard", "trial"],
+     "evaluating", "plots", "scorecard", "trial", "cli_mask"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
-LAZY = {("cli", "__init__"), ("cli_evaluate", "__init__"), ("cli_value", "__init__")}
+LAZY = {("cli", "__init__"), ("cli_evaluate", "__init__"), ("cli_mask", "__init__"), ("cli_value", "__init__")}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "fsspec"}
 LIGHT = [
     "choosing",
@@ -46,6 +47,7 @@ LIGHT = [
     "options",
     "preflight",
     "progress",
+    "selection",
     "artifact",
     "catalog",
     "records",

@@ -184,7 +184,11 @@ DOCUMENTS = {
     "info": INFO,
     "self": {"rows": [row(1, 2.5)]},
     "verify": {"ok": False, "errors": ["x"]},
-}
+    "mask": {
+        "path": "m", "size": "4x4", "scope": "block", "rows": 64, "digest": "blake2b-256:" + "0" * 64,
+        "blocks": [{"block": "0", "kept": {"in": 4, "out": 2}, "held": 0.9, "random": 0.7, "fit": 1, "step": 3}],
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
