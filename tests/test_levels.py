@@ -18,12 +18,11 @@ LEVELS = [
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
      "pairs", "agreement"],
     ["bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore", "rowwriter",
-     "truncated", "truth", "rowsums", "checkpoints", "ensemble",
-     "selection", "selective"],
+     "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
      "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
-     "evaluating", "plots", "scorecard", "trial", "cli_mask"],
+     "evaluating", "plots", "scorecard", "trial", "cli_mask", "explainer"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
