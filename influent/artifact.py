@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -306,6 +307,7 @@ def _redo(*names: str) -> str:
     return f"delete {every} there, then run the same command again to restore it"
 
 
+@lru_cache(maxsize=64)  # a query asks for the same shard's hundreds of times
 def _stem(name: str) -> str:
     return f"shards/{quote(name, safe='')}"  # a block's name may hold any character
 

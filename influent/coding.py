@@ -71,7 +71,6 @@ def encode(codec: Codec, rows: Float[Tensor, "n K"], factors: Factors | None, *,
     return Coded({name: side.to(getattr(torch, codec.bits)) for name, side in sides.items()}, cut.captured)
 
 
-@torch.no_grad()
 def decode(codec: Codec, tensors: Mapping[str, Tensor], key: str, width: int, factors: Factors | None) -> Row:
     """Rows of block `key` from its stored tensors, or from slices of them along the rows: the tensors themselves for
     floats, float32 for codes."""

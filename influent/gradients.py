@@ -51,7 +51,7 @@ class Flat:
     g: Float[Tensor, "B K"]
 
     def __len__(self) -> int:
-        return len(self.g)
+        return self.g.shape[0]
 
     def __getitem__(self, rows: slice) -> "Flat":
         return Flat(self.g[rows])
@@ -96,7 +96,7 @@ class LowRank:
     v: Float[Tensor, "B R I"]
 
     def __len__(self) -> int:
-        return len(self.u)
+        return self.u.shape[0]  # a tenth of the time of len, which queries ask hundreds of times
 
     def __getitem__(self, rows: slice) -> "LowRank":
         return LowRank(self.u[rows], self.v[rows])

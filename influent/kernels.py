@@ -36,7 +36,7 @@ class BlockQueries:
     captured: Float[Tensor, " Q"] | None = None
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return self.whole.shape[0]
 
     def add(self, scores: Scores, row: Row) -> None:
         """scores += <query, row>, [Q, n] float64."""
@@ -46,7 +46,9 @@ class BlockQueries:
             kernel, held = self._cheapest(row)
         step = max(1, CHUNK_NUMBERS // max(1, held))
         for lo in range(0, len(row), step):
-            part, into = row[lo : lo + step], scores[:, lo : lo + step]
+            # Slices of small rows would cost as much as their products.
+            whole = step >= len(row)
+            part, into = (row, scores) if whole else (row[lo : lo + step], scores[:, lo : lo + step])
             if isinstance(part, LowRank):
                 part = part.to(torch.float32)
             if kernel == "cut" and isinstance(part, LowRank) and self.cut is not None:
@@ -94,6 +96,10 @@ def _add_between(scores: Scores, row: LowRank, q: Float[Tensor, "Q K"]) -> None:
     matrices = q.unflatten(1, (v.shape[2], u.shape[2]))
     if v.shape[2] < u.shape[2]:
         u, v, matrices = v, u, matrices.transpose(1, 2)
+    if v.shape[2] <= LONGEST_SUM:
+        for matrix, into in zip(matrices, scores, strict=True):
+            into += (v @ matrix).mul_(u).sum((1, 2))
+        return
     for left in range(0, v.shape[2], LONGEST_SUM):
         side = v[:, :, left : left + LONGEST_SUM]
         for i, matrix in enumerate(matrices):

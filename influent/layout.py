@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .codec import Codec, Factors
@@ -24,7 +25,7 @@ CAPTURED = ".captured"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Blocks in order, with the width of their rows and, where it matters to the codec, their two factors."""
 
@@ -43,7 +44,7 @@ class Layout:
         widths: dict[str, int] = {block["block"]: block["width"] for block in blocks}
         factors = {block["block"]: _factors(block) for block in blocks}
         found = cls(codec, widths, factors)
-        times = Counter(name for block in blocks for name in found.block(block["block"]))
+        times = Counter(name for block in blocks for name in found.blocks[block["block"]])
         for name, count in times.items():
             if count > 1:
                 raise LayerError(f"{count} blocks would store a tensor {name!r}; --exclude all but one of them")
@@ -65,13 +66,14 @@ class Layout:
         each = 1 if self.has_captured else 0
         return sum(each + self.codec.row_bytes(width, self.factors[key]) for key, width in self.widths.items())
 
-    def block(self, key: str) -> Tensors:
-        """The tensors of one block, without the leading number of rows."""
-        return self.codec.tensors(key, self.widths[key], self.factors[key])
+    @cached_property
+    def blocks(self) -> dict[str, Tensors]:
+        """The tensors of each block, without the leading number of rows."""
+        return {key: self.codec.tensors(key, width, self.factors[key]) for key, width in self.widths.items()}
 
     def rows(self, n: int) -> Tensors:
         """The tensors of `n` rows of all blocks."""
-        return {name: (dtype, (n, *tail)) for key in self.widths for name, (dtype, tail) in self.block(key).items()}
+        return {name: (dtype, (n, *tail)) for block in self.blocks.values() for name, (dtype, tail) in block.items()}
 
     def shard(self, n: int) -> Tensors:
         """Every tensor of a shard of `n` rows."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,24 @@ DTYPES = {  # safetensors name -> (torch name, bytes per element)
 NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 ALIGN = 8  # what safetensors asks of the header's length, and what a view of a mapped float64 needs
 MAX_HEADER = 100_000_000  # as in safetensors: a wild length must not become a wild allocation
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a header, with what reading it needs worked out: a query reads hundreds of small ones a shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    lo: int  # bytes [lo, hi) of the data
+    hi: int
+    strides: tuple[int, ...]
+    size: int  # bytes of a number
+
+    @classmethod
+    def of(cls, dtype: str, shape: list[int], lo: int, hi: int) -> Entry:
+        name, size = DTYPES[dtype]
+        strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return cls(name, tuple(shape), lo, hi, strides, size)
 
 
 def encode(tensors: Mapping[str, torch.Tensor]) -> list[memoryview | bytes]:
@@ -67,7 +86,7 @@ class Payload(Mapping[str, "torch.Tensor"]):
         if (got := store.size(name)) != size:
             raise CorruptError(f"{store}/{name}: expected {size} bytes, got {got}; `influent verify` lists all damage")
         self._start, self._end, self._entries = _read_header(store, name, size)
-        self._mapped: torch.Tensor | None = None
+        self._mapped: dict[str, torch.Tensor] = {}  # the file as numbers of one type: views of one mapping
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -78,42 +97,48 @@ class Payload(Mapping[str, "torch.Tensor"]):
     def describe(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """(dtype such as "float32", shape) of a tensor, from the header alone; None when there is no such tensor."""
         entry = self._entries.get(name)
-        return entry and (DTYPES[entry["dtype"]][0], tuple(entry["shape"]))
+        return entry and (entry.dtype, entry.shape)
 
     def read(self, name: str) -> bytes:
         """A copy of one tensor's raw bytes."""
-        lo, hi = self._entries[name]["data_offsets"]
-        return self.store.get_range(self.name, self._start + lo, self._start + hi)
+        entry = self._entries[name]
+        return self.store.get_range(self.name, self._start + entry.lo, self._start + entry.hi)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        dtype, shape = DTYPES[self._entries[name]["dtype"]][0], self._entries[name]["shape"]
-        return self._view(dtype, shape, *self._entries[name]["data_offsets"])
+        entry = self._entries[name]
+        return self._view(entry, entry.shape, entry.lo, entry.hi)
 
     def part(self, name: str, lo: int, hi: int) -> torch.Tensor:
         """Entries [lo, hi) of a tensor's first axis; of a remote tensor nothing else is fetched."""
         entry = self._entries[name]
-        dtype, size = DTYPES[entry["dtype"]]
-        lo, hi, _ = slice(lo, hi).indices(entry["shape"][0])
-        shape = [max(0, hi - lo), *entry["shape"][1:]]
-        begin = entry["data_offsets"][0] + lo * prod(shape[1:]) * size
-        return self._view(dtype, shape, begin, begin + prod(shape) * size)
+        num_rows, row = entry.shape[0], entry.strides[0] * entry.size
+        lo, hi = min(lo, num_rows), min(hi, num_rows)
+        return self._view(entry, (max(0, hi - lo), *entry.shape[1:]), entry.lo + lo * row, entry.lo + hi * row)
 
-    def _view(self, dtype_name: str, shape: list[int], lo: int, hi: int) -> torch.Tensor:
+    def _view(self, entry: Entry, shape: tuple[int, ...], lo: int, hi: int) -> torch.Tensor:
         import torch
 
-        dtype = getattr(torch, dtype_name)
-        if lo == hi:
-            return torch.empty(shape, dtype=dtype)
-        if (path := self.store.local(self.name)) is None:
-            data = self.store.get_range(self.name, self._start + lo, self._start + hi)
-            return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-        if self._mapped is None:
+        if lo >= hi:
+            return torch.empty(shape, dtype=getattr(torch, entry.dtype))
+        if (mapped := self._mapped.get(entry.dtype)) is None:
+            if (path := self.store.local(self.name)) is None:
+                data = self.store.get_range(self.name, self._start + lo, self._start + hi)
+                return torch.frombuffer(bytearray(data), dtype=getattr(torch, entry.dtype)).view(shape)
+            mapped = self._map(str(path), entry)
+        return mapped.as_strided(shape, entry.strides, (self._start + lo) // entry.size)
+
+    def _map(self, path: str, entry: Entry) -> torch.Tensor:
+        import torch
+
+        if "uint8" not in self._mapped:
             # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
-            self._mapped = torch.from_file(str(path), shared=False, size=self._end, dtype=torch.uint8)
-        return self._mapped[self._start + lo : self._start + hi].view(dtype).view(shape)
+            self._mapped["uint8"] = torch.from_file(path, shared=False, size=self._end, dtype=torch.uint8)
+        usable = self._end - self._end % entry.size
+        self._mapped[entry.dtype] = self._mapped["uint8"][:usable].view(getattr(torch, entry.dtype))
+        return self._mapped[entry.dtype]
 
 
-def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str, Any]]:
+def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str, Entry]]:
     """(where the data begins, where it ends, entries); CorruptError for a header that breaks the format."""
     try:
         if size < 8:
@@ -131,13 +156,13 @@ def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str
 
 
 @lru_cache(maxsize=8)  # shards of equally many rows have equal headers, and a fit opens each of them once a block
-def _parse(header: bytes) -> tuple[dict[str, Any], int]:
+def _parse(header: bytes) -> tuple[dict[str, Entry], int]:
     """(entries, end of the data) of a header; ValueError, KeyError or TypeError unless they tile the data, aligned."""
     entries = json.loads(header, object_pairs_hook=_no_repeats)
     if not isinstance(entries, dict):
         raise ValueError(f"the header is a {type(entries).__name__}, not an object")
     entries.pop("__metadata__", None)
-    end = 0
+    end, found = 0, {}
     for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{key}: unknown dtype {entry['dtype']!r}")
@@ -152,7 +177,8 @@ def _parse(header: bytes) -> tuple[dict[str, Any], int]:
         if (8 + len(header) + lo) % width:
             raise ValueError(f"{key}: begins at byte {8 + len(header) + lo}, not at a multiple of {width}")
         end = hi
-    return entries, end
+        found[key] = Entry.of(entry["dtype"], shape, lo, hi)
+    return found, end
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,11 +43,12 @@ class Shard:
         """Rows lo to hi of this shard, of one block, decoded: views of the file for float codecs, else float32."""
         from .coding import decode
 
-        layout = self._index.layout
-        end = len(self) if hi is None else hi
+        layout, payload = self._index.layout, self._index.artifact.tensors(self.name)
+        size = self.hi - self.lo
+        end = size if hi is None else hi
         tensors = {
-            name: self._read(name, dtype, (len(self), *tail), lo, end)
-            for name, (dtype, tail) in layout.block(key).items()
+            name: self._part(payload, name, (dtype, (size, *tail)), lo, end)
+            for name, (dtype, tail) in layout.blocks[key].items()
         }
         return decode(layout.codec, tensors, key, layout.widths[key], layout.factors[key])
 
@@ -123,9 +124,12 @@ class Shard:
 
     def _read(self, key: str, dtype: str, shape: tuple[int, ...], lo: int = 0, hi: int | None = None) -> torch.Tensor:
         payload = self._index.artifact.tensors(self.name)
-        if problem := self._difference(payload, key, (dtype, shape)):
+        return self._part(payload, key, (dtype, shape), lo, len(self) if hi is None else hi)
+
+    def _part(self, payload: Payload, key: str, expected: tuple[str, tuple[int, ...]], lo: int, hi: int) -> torch.Tensor:
+        if problem := self._difference(payload, key, expected):
             raise CorruptError(f"{problem}; `influent verify` lists all damage")
-        return payload.part(key, lo, len(self) if hi is None else hi)
+        return payload.part(key, lo, hi)
 
     def _difference(self, payload: Payload, key: str, expected: tuple[str, tuple[int, ...]] | None) -> str | None:
         if (got := payload.describe(key)) == expected:
