@@ -19,7 +19,7 @@ from environment import save
 from influent.codec import FLOATS, PER_BYTE, Codec
 from influent.coding import decode, encode
 from influent.gradients import LowRank
-from influent.kernels import CHUNK_NUMBERS, _add_between, _add_cut, _add_whole, prepare
+from influent.kernels import CHUNK_NUMBERS, Sums, _add_between, _add_cut, _add_whole, prepare
 
 QUERIES = (1, 4, 16, 64, 256)
 RANKS = (1, 4, 8)
@@ -55,7 +55,7 @@ def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -
     (a, b), q = shape, torch.randn(num_queries, shape[0] * shape[1])
     whole, cuts = prepare(q, shape, None), {k: prepare(q, shape, k).cut for k in CUTS}
     calls = {
-        "between": (rank * (a + b), lambda into, row: _add_between(into, row, q)),
+        "between": (rank * (a + b), lambda into, row: _add_between(Sums(into), row, q)),
         "whole": (a * b, lambda into, row: _add_whole(into, row, q)),
     }
     for k, cut in cuts.items():
@@ -68,7 +68,7 @@ def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -
         scores = torch.zeros(num_queries, num_rows, dtype=torch.float64)
         seconds = least(lambda call=call, scores=scores, row=row: call(scores, row), repeats)
         ns[name] = round(1e9 * seconds / num_rows / num_queries, 1)
-    chosen = whole._cheapest(LowRank(torch.empty(1, rank, b), torch.empty(1, rank, a)))[0]
+    chosen = whole._cheapest(rank, a, b)[0]
     return {"factors": list(shape), "rank": rank, "queries": num_queries, "ns": ns, "chosen": chosen}
 
 

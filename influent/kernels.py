@@ -18,6 +18,7 @@ from .gradients import LowRank, Row
 from .truncate import truncate
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block held at once: 2 MiB of float32, which the matrix product finds in cache
+HELD_NUMBERS = 1 << 18  # what may wait to be summed of blocks of one shape: 1 MiB of float32
 LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
 # Costs, up to a common factor, of a product in each kernel and of a number of a row that is formed; from
 # benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
@@ -25,6 +26,39 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 
 Scores = Float[Tensor, "Q n"]
+
+
+class Sums:
+    """Scores [Q, n] in float64, and the float32 products of small blocks on their way there.
+
+    Summing each row of a block of 18 x 18 takes as long as making its products. So blocks of one shape are added up
+    number by number, at most LONGEST_SUM of them, and summed together.
+    """
+
+    def __init__(self, scores: Scores):
+        self.scores = scores
+        self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}
+
+    def add(self, query: int, x: Float[Tensor, "n w"], y: Float[Tensor, "n w"], length: int) -> None:
+        """scores[query] += the rows' sums of x * y, in each of which are `length` products. Takes `x` for its own."""
+        key = query, x.shape[1]
+        held, so_far = self._held.get(key, (x, LONGEST_SUM))
+        if so_far + length <= LONGEST_SUM:
+            self._held[key] = held.addcmul_(x, y), so_far + length
+            return
+        if held is not x:
+            self.scores[query] += held.sum(1)
+        x.mul_(y)
+        if len(self.scores) * x.numel() <= HELD_NUMBERS:
+            self._held[key] = x, length
+        else:
+            self.scores[query] += x.sum(1)
+
+    def close(self) -> None:
+        """Nothing is left on its way."""
+        for (query, _), (held, _) in self._held.items():
+            self.scores[query] += held.sum(1)
+        self._held.clear()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,29 +72,33 @@ class BlockQueries:
     def __len__(self) -> int:
         return self.whole.shape[0]
 
-    def add(self, scores: Scores, row: Row) -> None:
-        """scores += <query, row>, [Q, n] float64."""
+    def add(self, sums: "Sums", row: Row) -> None:
+        """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
         if not isinstance(row, LowRank):
             kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
         else:
-            kernel, held = self._cheapest(row)
+            kernel, held = self._cheapest(row.u.shape[1], row.v.shape[2], row.u.shape[2])
         step = max(1, CHUNK_NUMBERS // max(1, held))
+        if step >= len(row):
+            self._add(kernel, sums, row)
+            return
         for lo in range(0, len(row), step):
-            # Slices of small rows would cost as much as their products.
-            whole = step >= len(row)
-            part, into = (row, scores) if whole else (row[lo : lo + step], scores[:, lo : lo + step])
-            if isinstance(part, LowRank):
-                part = part.to(torch.float32)
-            if kernel == "cut" and isinstance(part, LowRank) and self.cut is not None:
-                _add_cut(into, part, self.cut)
-            elif kernel == "between" and isinstance(part, LowRank):
-                _add_between(into, part, self.whole)
-            else:
-                _add_whole(into, part, self.whole)
+            part = Sums(sums.scores[:, lo : lo + step])
+            self._add(kernel, part, row[lo : lo + step])
+            part.close()
 
-    def _cheapest(self, row: LowRank) -> tuple[str, int]:
-        """The kernel for these rows, and how many numbers it holds for each."""
-        (c, b), a = row.u.shape[1:], row.v.shape[2]
+    def _add(self, kernel: str, sums: "Sums", row: Row) -> None:
+        if isinstance(row, LowRank):
+            row = row.to(torch.float32)
+        if kernel == "cut" and isinstance(row, LowRank) and self.cut is not None:
+            _add_cut(sums.scores, row, self.cut)
+        elif kernel == "between" and isinstance(row, LowRank):
+            _add_between(sums, row, self.whole)
+        else:
+            _add_whole(sums.scores, row, self.whole)
+
+    def _cheapest(self, c: int, a: int, b: int) -> tuple[str, int]:
+        """The kernel for rows of c pairs of such sides, and how many numbers it holds for each."""
         ways = [
             (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
@@ -90,20 +128,20 @@ def _add_whole(scores: Scores, row: Row, q: Float[Tensor, "Q K"]) -> None:
         scores += q[:, left:right] @ row.columns(left, right).float().T
 
 
-def _add_between(scores: Scores, row: LowRank, q: Float[Tensor, "Q K"]) -> None:
+def _add_between(sums: Sums, row: LowRank, q: Float[Tensor, "Q K"]) -> None:
     """sum_r v_r^T Q u_r, the longer side first; one query at a time, so that its product stays in cache."""
-    u, v = row.u, row.v
-    matrices = q.unflatten(1, (v.shape[2], u.shape[2]))
-    if v.shape[2] < u.shape[2]:
-        u, v, matrices = v, u, matrices.transpose(1, 2)
-    if v.shape[2] <= LONGEST_SUM:
-        for matrix, into in zip(matrices, scores, strict=True):
-            into += (v @ matrix).mul_(u).sum((1, 2))
-        return
-    for left in range(0, v.shape[2], LONGEST_SUM):
-        side = v[:, :, left : left + LONGEST_SUM]
-        for i, matrix in enumerate(matrices):
-            scores[i] += (side @ matrix[left : left + LONGEST_SUM]).mul_(u).sum((1, 2))
+    (n, c, b), a = row.u.shape, row.v.shape[2]
+    short, long, matrices = row.u, row.v, q.unflatten(1, (a, b))
+    if a < b:
+        short, long, matrices = row.v, row.u, matrices.transpose(1, 2)
+    short, length = short.reshape(n, -1), long.shape[2]
+    for left in range(0, length, LONGEST_SUM):
+        side, part = long, matrices
+        if length > LONGEST_SUM:
+            side, part = long[:, :, left : left + LONGEST_SUM], matrices[:, left : left + LONGEST_SUM]
+        side = side.reshape(n * c, -1)
+        for query, matrix in enumerate(part):
+            sums.add(query, (side @ matrix).view(n, -1), short, c * a * b)
 
 
 def _add_cut(scores: Scores, row: LowRank, cut: LowRank) -> None:

@@ -126,8 +126,8 @@ class Shard:
         payload = self._index.artifact.tensors(self.name)
         return self._part(payload, key, (dtype, shape), lo, len(self) if hi is None else hi)
 
-    def _part(self, payload: Payload, key: str, expected: tuple[str, tuple[int, ...]], lo: int, hi: int) -> torch.Tensor:
-        if problem := self._difference(payload, key, expected):
+    def _part(self, payload: Payload, key: str, what: tuple[str, tuple[int, ...]], lo: int, hi: int) -> torch.Tensor:
+        if problem := self._difference(payload, key, what):
             raise CorruptError(f"{problem}; `influent verify` lists all damage")
         return payload.part(key, lo, hi)
 

@@ -6,7 +6,7 @@ Also what prepares a query (`precondition`, `contrast`) and what normalises a sc
 the scores is a reducer's business; the products are `kernels.py`'s, fitting is `curvature.py`'s.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .artifact import Artifact
+from .asking import Block, ask, blame_rows
 from .curvature import Curvature, write_blocks
 from .errors import DataError, MismatchError, NumericsError, SpecError
-from .gradients import Flat, LowRank, Row
+from .gradients import Flat
 from .gram import RowSource, Shard, check_bytes
-from .kernels import BlockQueries, prepare
+from .kernels import Sums
 from .progress import Progress
 from .reduce import Reducer
 
 Queries = Mapping[str, Tensor]  # block -> [Q, K] float32
 
-FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32, or views of the file
 WINDOW_SCORES = 1 << 22  # scores held at once, in float64
 
 
@@ -107,7 +107,7 @@ def score_members(
 @torch.no_grad()
 def query_energy(index: RowSource, queries: Queries, query_rank: int) -> Float[Tensor, " Q"]:
     """The share of each query's squared length, over all blocks, that `score` keeps with this `query_rank`, [Q]."""
-    blocks = [_block(index, key, queries[key], query_rank).queries for key in index.widths]
+    blocks = [block.queries for block in ask(index, queries, query_rank)]
     squares = _squares(index, queries)
     ones = torch.ones(squares.shape[1])
     kept = torch.stack([ones if block.captured is None else block.captured for block in blocks])
@@ -166,23 +166,6 @@ def _total(blocks: Artifact, num_rows: int) -> Float[Tensor, " N"]:
     return total.float()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Block:
-    """What is asked of one block, and how many of its rows are read at a time."""
-
-    key: str
-    queries: BlockQueries
-    step: int
-
-
-def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> _Block:
-    width, factors = index.widths[key], None
-    match index.shards[0].grads(key, 0, 0) if index.shards else None:  # no row, but the form that rows have
-        case LowRank(u=u, v=v):
-            width, factors = u.shape[1] * (u.shape[2] + v.shape[2]), (v.shape[2], u.shape[2])
-    return _Block(key, prepare(q, factors, query_rank), max(1, FETCH_NUMBERS // max(1, width)))
-
-
 def _squares(index: RowSource, queries: Queries) -> Float[Tensor, "blocks Q"]:
     return torch.stack([Flat(queries[key].detach().cpu()).squares() for key in index.widths])
 
@@ -191,7 +174,7 @@ def _squares(index: RowSource, queries: Queries) -> Float[Tensor, "blocks Q"]:
 class _Scorer:
     """One member made ready: weighted and normalised scores of a window of its rows."""
 
-    blocks: Sequence[_Block]
+    blocks: Sequence[Block]
     weight: float
     lengths: Float[Tensor, " Q"] | None  # for cosine
     spread: Float[Tensor, " N"] | None  # for relatif
@@ -199,23 +182,21 @@ class _Scorer:
     @staticmethod
     def of(member: Member, normalize: str, query_rank: int | None) -> "_Scorer":
         index, h = member.index, member.self_influence
-        blocks = [_block(index, key, member.queries[key], query_rank) for key in index.widths]
+        blocks = ask(index, member.queries, query_rank)
         lengths = _squares(index, member.queries).sum(0).sqrt() if normalize == "cosine" else None
         return _Scorer(blocks, member.weight, lengths, None if h is None else h.double().sqrt())
 
     def __call__(self, shard: Shard, lo: int, hi: int) -> Float[Tensor, "Q n"]:
         """Rows lo to hi of the index, which lie in `shard`; float64."""
-        scores = torch.zeros(max(len(block.queries) for block in self.blocks), hi - lo, dtype=torch.float64)
-        squares = torch.zeros(hi - lo, dtype=torch.float64)
+        scores = torch.zeros(len(self.blocks[0].queries), hi - lo, dtype=torch.float64)
+        squares = None if self.lengths is None else torch.zeros(hi - lo, dtype=torch.float64)
+        sums = Sums(scores)
         for block in self.blocks:
-            for at, row in _pieces(shard, block, lo, hi):
-                into = slice(at - lo, at - lo + len(row))
-                block.queries.add(scores[:, into], row)
-                if self.lengths is not None:
-                    squares[into] += row.squares()
+            block.add(sums, squares, shard, lo)
+        sums.close()
         if not isfinite(float(scores.sum())):
-            _blame_rows(shard, self.blocks)
-        if self.lengths is not None:
+            blame_rows(shard, self.blocks)
+        if self.lengths is not None and squares is not None:
             scores = _divide(scores, self.lengths[:, None] * squares.sqrt())
         elif self.spread is not None:
             scores = _divide(scores, self.spread[lo:hi])
@@ -245,25 +226,6 @@ def _checked(shards: Sequence[Shard], pool: ThreadPoolExecutor) -> Iterator[Shar
         ahead.pop().result()
         ahead += [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]]
         yield shard
-
-
-def _pieces(shard: Shard, block: _Block, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
-    """Rows lo to hi of the index, from their shard, some at a time: (the first one's number, rows)."""
-    for at in range(lo, hi, block.step):
-        yield at, shard.grads(block.key, at - shard.lo, min(at + block.step, hi) - shard.lo)
-
-
-def _blame_rows(shard: Shard, blocks: Iterable[_Block]) -> None:
-    """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
-    for block in blocks:
-        for lo, row in _pieces(shard, block, shard.lo, shard.hi):
-            sides = [row.g] if isinstance(row, Flat) else [row.u, row.v]
-            finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in sides]).all(dim=0)
-            if not bool(finite.all()):
-                raise NumericsError(
-                    f"shard {shard.name}, block {block.key!r}, row {lo + int((~finite).nonzero()[0])}: "
-                    "the index's rows are not finite: run `influent verify` on the index"
-                )
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:
@@ -304,7 +266,7 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
     for key, q in queries.items():
         if q.shape[1:] != (index.widths[key],):
             raise MismatchError(f"queries: block {key!r}: expected width {index.widths[key]}, got {list(q.shape[1:])}")
-        if not bool(q.isfinite().all()):
+        if not isfinite(float(q.sum())) and not bool(q.isfinite().all()):  # one call for each of hundreds of blocks
             query = int((~q.isfinite()).any(dim=1).nonzero()[0])
             raise NumericsError(f"query {query}, block {key!r}: its gradient is not finite: look at the query's loss")
     return counts.pop()

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from influent import kernels
+from influent import asking, kernels
 from influent import score as score_module
 from influent.codec import Codec
 from influent.coding import encode
 from influent.gradients import Flat, LowRank
-from influent.kernels import prepare
+from influent.kernels import Sums, prepare
 from influent.reduce import Full
 from influent.score import query_energy, score
 from influent.storage import Store
@@ -32,7 +32,9 @@ def products(row, q) -> torch.Tensor:
 
 def added(asked, row) -> torch.Tensor:
     scores = torch.zeros(len(asked), len(row), dtype=torch.float64)
-    asked.add(scores, row)
+    sums = Sums(scores)
+    asked.add(sums, row)
+    sums.close()
     return scores
 
 
@@ -92,9 +94,9 @@ def test_queries_are_cut_only_where_pairs_are_smaller():
 
 def test_few_queries_do_not_form_the_rows_and_many_do():
     few, many = prepare(queries(1), FACTORS, None), prepare(queries(300), FACTORS, None)
-    assert few._cheapest(pairs(1, 2))[0] == "between"
-    assert many._cheapest(pairs(1, 2))[0] == "whole"
-    assert prepare(queries(4), FACTORS, 1)._cheapest(pairs(1, 2))[0] == "cut"
+    assert few._cheapest(2, *FACTORS)[0] == "between"
+    assert many._cheapest(2, *FACTORS)[0] == "whole"
+    assert prepare(queries(4), FACTORS, 1)._cheapest(2, *FACTORS)[0] == "cut"
 
 
 def test_long_sums_of_pairs_do_not_drift():
@@ -184,7 +186,7 @@ def test_scores_are_those_of_the_decoded_rows_for_any_shard_and_window(monkeypat
         expected = expected / (lengths[0][:, None] * lengths[1])
     for size, window, fetch in ((23, 1 << 22, 1 << 21), (7, 6, 200), (1, 1, 1)):
         monkeypatch.setattr(score_module, "WINDOW_SCORES", window)
-        monkeypatch.setattr(score_module, "FETCH_NUMBERS", fetch)
+        monkeypatch.setattr(asking, "FETCH_NUMBERS", fetch)
         got = score(Source(codec, ROWS, size), ASKED, {"all": Full()}, normalize=normalize)["all"]
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -201,3 +203,19 @@ def test_query_rank_scores_the_cut_queries_and_says_what_they_keep():
     assert query_energy(source, {key: q * 0 for key, q in ASKED.items()}, 2).tolist() == [1.0] * 3
     full = score(source, ASKED, {"all": Full()}, query_rank=9)["all"]
     assert torch.equal(full, score(source, ASKED, {"all": Full()})["all"])
+
+
+@pytest.mark.parametrize("longest", [1 << 16, 200, 1])
+def test_small_blocks_of_one_shape_are_summed_together(monkeypatch, longest):
+    """The sum over blocks is that of the blocks, whatever waits to be summed, and nothing is left behind."""
+    monkeypatch.setattr(kernels, "LONGEST_SUM", longest)
+    blocks = [(pairs(11, 2, seed=i), queries(3, seed=90 + i)) for i in range(5)]
+    scores = torch.zeros(3, 11, dtype=torch.float64)
+    sums = Sums(scores)
+    for row, q in blocks:
+        prepare(q, FACTORS, None).add(sums, row)
+    sums.close()
+    before = scores.clone()
+    sums.close()
+    assert torch.equal(scores, before)
+    torch.testing.assert_close(scores, sum(products(row, q) for row, q in blocks), rtol=1e-5, atol=1e-5)

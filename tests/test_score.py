@@ -9,7 +9,7 @@ import torch
 from small_index import random_rows, write_index
 
 from influent import artifact as artifact_module
-from influent import gradients, kernels
+from influent import asking, gradients, kernels
 from influent import score as score_module
 from influent.curvature import Damping, fit
 from influent.errors import CorruptError, DataError, MismatchError, NumericsError, SpecError
@@ -42,8 +42,8 @@ def assert_near(got, expected, tolerance: float = 2e-6):
 def cut_small(monkeypatch, pieces: int) -> None:
     """Every bound on what is held or added up at once becomes `pieces`."""
     for module, name in (
-        (score_module, "FETCH_NUMBERS"), (score_module, "WINDOW_SCORES"), (kernels, "CHUNK_NUMBERS"),
-        (kernels, "LONGEST_SUM"), (gradients, "_SHORT_SUM"),
+        (asking, "FETCH_NUMBERS"), (kernels, "HELD_NUMBERS"), (score_module, "WINDOW_SCORES"),
+        (kernels, "CHUNK_NUMBERS"), (kernels, "LONGEST_SUM"), (gradients, "_SHORT_SUM"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, pieces)
 
