@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import influent
+from influent import methods
 from influent.errors import SpecError
+from influent.querying import query
 from influent.task import Classification, Task
 
 try:
@@ -126,7 +127,7 @@ class InfluentExplainer(Explainer):
         self.loss = TASKS[task] if loss is None else loss
         self.path = str(Path(cache_dir, str(model_id)))
         self.token_budget, self.curvature, self.damping, self.normalize = token_budget, curvature, damping, normalize
-        influent.index(
+        methods.index(
             model, Samples(self.train_dataset), self.path, method=method, compress=compress, layers=layers,
             exclude=exclude, token_budget=token_budget, task=self.loss,
         )  # fmt: skip
@@ -137,7 +138,7 @@ class InfluentExplainer(Explainer):
         queries = [(_at(test_data, i), target) for i, target in enumerate(targets)]
         with tempfile.TemporaryDirectory(prefix="influent-") as folder:
             path = f"{folder}/scores.npy"
-            influent.query(
+            query(
                 self.path, queries=queries, model=self.model, task=self.loss, k=1, bottom=False, scores=path,
                 curvature=self.curvature, damping=self.damping, normalize=self.normalize,
                 token_budget=self.token_budget,
@@ -147,7 +148,7 @@ class InfluentExplainer(Explainer):
     def self_influence(self, batch_size: int = 32) -> Tensor:
         """Each training sample's own score, [training samples]; in closed form, so `batch_size` changes nothing."""
         total = len(self.train_dataset)
-        found = influent.self_influence(self.path, k=total, curvature=self.curvature, damping=self.damping)
+        found = methods.self_influence(self.path, k=total, curvature=self.curvature, damping=self.damping)
         values = torch.empty(total)
         for row in found["rows"]:
             values[row["row"]] = row["score"]

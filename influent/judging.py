@@ -48,7 +48,7 @@ def subset_outcomes(reruns: Reruns, num_subsets: int | None, *, seed: int = 0) -
 
     Raises FormatError when too few are stored and there is no trainer.
     """
-    stored = reruns.truth.of_role("subset")
+    stored = [each for each in reruns.truth.of_role("subset") if each.seed in reruns.seeds]
     if reruns.trainer is not None:
         have = 1 + max((each.number for each in stored), default=-1)
         count = max(SUBSETS, have) if num_subsets is None else num_subsets

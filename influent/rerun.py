@@ -8,6 +8,7 @@ the model says the same. It must depend on its two arguments only. Not here: how
 
 import importlib
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from influent.errors import DataError, FormatError, SpecError
 from influent.progress import Progress
 from influent.rng import Stream
 from influent.truth import Outcome, Truth
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -65,6 +68,9 @@ class Reruns:
                 f"{self.truth.store}: {len(jobs)} of {len(plans) * len(self.seeds)} retrainings ({plans[0].role}) are "
                 "not there: give --train or --base, and they are made"
             )
+        if jobs:
+            there = len(plans) * len(self.seeds) - len(jobs)
+            log.info("%s: %d trainings to do, %d are there", plans[-1].role, len(jobs), there)
         for done, (seed, plan) in enumerate(jobs.values()):
             if self.progress is not None:
                 self.progress("retrain", done, len(jobs))

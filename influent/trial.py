@@ -85,6 +85,8 @@ class Trial:
             if name in (BM25, RANDOM, LOSS) or (self.index is not None and name == self._own.name):
                 raise SpecError(f"scores {name}: expected another name: that one is taken here")
             found[name] = contenders.read_scores(name, given)
+            if found[name].ndim == 1 and "mislabel" not in self.ask.metrics:
+                raise SpecError(f"scores {name}: a vector is for mislabel only; expected [queries, rows]")
         return found
 
     @cached_property
@@ -189,7 +191,7 @@ class Trial:
     @cached_property
     def reruns(self) -> Reruns:
         stored = {each.seed for each in self.truth.of_role("subset")}
-        seeds = range(self.ask.seeds) if self.ask.seeds is not None else sorted({0, *stored})
+        seeds = range(self.ask.seeds) if self.ask.seeds is not None else sorted(stored) or [0]
         return Reruns(self.truth, self.trainer, seeds=seeds, progress=self.progress)
 
     @cached_property
@@ -230,7 +232,8 @@ class Trial:
         if not isinstance(model, str):
             raise SpecError("tail-patch needs the model as a folder or name: give --model")
         tuned = self._finetune(model)
-        spec = {"patched": tuned.describe(), "k": ask.k, **self._digests}
+        facts = tuned.describe()
+        spec = {name: facts[name] for name in ("base", "rate", "max_length")} | {"k": ask.k, **self._digests}
         assert ask.truth is not None
         store = Store(ask.truth).child(f"tail-patch/{digest(spec).rpartition(':')[2][:16]}")
         return tail_patch(self.matrices, tuned, store, spec, self.reported, k=ask.k, progress=self.progress)

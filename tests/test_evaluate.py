@@ -256,6 +256,58 @@ def outcome(loss: np.ndarray):
     return Outcome(loss)
 
 
+def test_a_module_of_ones_own_and_its_task(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 4, generator=rng)
+    labels = (inputs[:, 0] > 0).long()
+    rows, asked = [(inputs[i], labels[i]) for i in range(30)], [(inputs[i], labels[i]) for i in range(30, 40)]
+
+    def fit(chosen, seed):
+        model = torch.nn.Linear(4, 2)
+        torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+        for _ in range(15):
+            sgd.zero_grad()
+            functional.cross_entropy(model(inputs[:30][chosen]), labels[:30][chosen]).backward()
+            sgd.step()
+        return model
+
+    def train(chosen, seed):
+        logits = fit(chosen, seed)(inputs[30:])
+        return functional.cross_entropy(logits, labels[30:], reduction="none"), logits.argmax(1)
+
+    model, task = fit(np.arange(30), 0), influent.Classification()
+    influent.index(model, rows, str(tmp_path / "index"), compress="id", task=task)
+    found = influent.evaluate(
+        str(tmp_path / "index"), queries=asked, model=model, task=task, truth=str(tmp_path / "truth"), train=train,
+        metric="lds,loo,brittleness", subsets=12, remove="5", probes=3, left_out=15,
+    )  # fmt: skip
+    for metric in ("lds", "loo", "brittleness"):
+        assert list(found[metric]["methods"]) == ["factgrass", "random"]
+        assert found[metric]["mean"] > found[metric]["methods"]["random"]["mean"]
+    assert found["lds"]["mean"] > 0.5 and found["loo"]["mean"] > 0.8
+    assert 0 <= found["brittleness"]["methods"]["factgrass"]["flips"][0] <= 1
+
+
+def test_whole_sources_are_left_out(tmp_path):
+    data = [{"text": f"row {i}", "source": "abc"[i % 3]} for i in range(12)]
+    scores = np.random.default_rng(0).normal(size=(2, 12))
+    found = influent.evaluate(
+        scores={"a": scores}, data=data, truth=str(tmp_path), train=lambda rows, seed: -scores[:, rows].sum(1),
+        metric="loo", leave="source",
+    )  # fmt: skip
+    assert (found["loo"]["unit"], found["loo"]["left_out"]) == ("source", 3)
+    assert found["loo"]["mean"] == found["loo"]["methods"]["a"]["pearson"] == pytest.approx(1)
+
+
+def test_plots_need_matplotlib(tmp_path, monkeypatch):
+    from influent import evaluating
+
+    monkeypatch.setattr(evaluating, "find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"--plot needs matplotlib: pip install 'influent\[plots\]'"):
+        influent.evaluate(scores={"a": np.ones((2, 3))}, truth=str(tmp_path), plot=str(tmp_path / "a.png"))
+
+
 MISTAKES = [
     ([], "there is nothing to judge"),
     (["--scores", "a=nowhere.npy", "--truth", "t"], "scores a: nowhere.npy: no such file"),
@@ -279,6 +331,7 @@ MISTAKES = [
     (["--scores", "data.jsonl", "--truth", "t"], "not a .npy file of numbers"),
     (["--scores", "narrow.npy", "--scores", "right.npy", "--truth", "t"], "has 16 rows, but scores narrow has 3"),
     (["--scores", "broken.npy", "--truth", "t"], "scores broken: not finite at [1, 2]: nan"),
+    (["--scores", "vector.npy", "--truth", "t"], "scores vector: a vector is for mislabel only"),
     (["index", "--truth", "t"], "lds of an index needs --queries FILE"),
     (["index", "--truth", "t", "--queries", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["nowhere", "--truth", "t", "--queries", "queries.jsonl"], "nowhere: no such index"),
@@ -288,6 +341,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_a_mistake_is_one_line(here, capsys, arguments, message):
     np.save("narrow.npy", np.zeros((4, 3)))
+    np.save("vector.npy", np.zeros(N))
     np.save("broken.npy", np.where(np.arange(12).reshape(3, 4) == 6, np.nan, 1.0))
     before = sorted(str(path) for path in here.iterdir())
     assert run(["evaluate", *arguments]) == 2
