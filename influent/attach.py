@@ -7,7 +7,7 @@ is the same. Not here: the verbs (methods.py), collecting itself (collect.py).
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,13 +20,16 @@ from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
-from influent.layers import Plan, device_of, plan
+from influent.layers import Block, Plan, device_of, plan
 from influent.layout import with_factors
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
 from influent.storage import Store
-from influent.task import CausalLM, Task, describe
+from influent.task import CausalLM, Margins, Task, describe
+from influent.whole import ALL, bind_whole, check_flat, is_whole, whole_block
+
+KEYS = ("block", "all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,8 @@ class Setting:
     dtype: str = "float32"
     matmul: str = "highest"
     seed: int = 0
+    target: str = "loss"
+    key: str = "block"
     calibration: int = 512  # training rows from which a learned stage is made
 
     def __post_init__(self) -> None:
@@ -49,6 +54,10 @@ class Setting:
             raise SpecError(f"dtype is {self.dtype!r}, expected one of {', '.join(loading.DTYPES)}")
         if self.matmul not in ("highest", "medium"):
             raise SpecError(f"matmul is {self.matmul!r}, expected highest or medium")
+        if self.target not in ("loss", "margin"):
+            raise SpecError(f"target is {self.target!r}, expected loss or margin")
+        if self.key not in KEYS:
+            raise SpecError(f"key is {self.key!r}, expected {' or '.join(KEYS)}")
         if self.seed < 0:
             raise SpecError(f"seed is {self.seed}, expected 0 or more")
         if self.calibration < 1:
@@ -107,8 +116,11 @@ def attach(
         module, task = _load(model, task, setting, run)
         stack.enter_context(frozen(module))
         tracked = plan(module, setting.layers, setting.exclude)
-        text, rows = (setting.compress, setting.rows) if setting.budget is None else setting.budget.choose(tracked)
+        kept = tracked if setting.key == "block" else replace(tracked, blocks=(whole_block(tracked),))
+        text, rows = (setting.compress, setting.rows) if setting.budget is None else setting.budget.choose(kept)
         (compressor, mask), device = selection.resolve(Compress.parse(text)), device_of(module)
+        if setting.key == "all":
+            check_flat(compressor)
         facts = _facts(module, task, setting)
         bases = None
         if compressor.learned is not None:
@@ -119,11 +131,17 @@ def attach(
             bases = _bases(calibration, index, sample, progress)
         elif compressor.selects is not None:
             bases = _selected(compressor, mask, tracked, index)
-        bound = {
-            block.name: compressor.bind(block, setting.seed, bases and bases.matrices[block.name]).to(device)
-            for block in tracked.blocks
-        }
-        collector = Collector(module, tracked, bound, task, run.token_budget, run.skip_nonfinite)
+        matrices = {} if bases is None else bases.matrices
+        if setting.key == "all":
+            bound = {ALL: bind_whole(compressor, tracked, setting.seed, matrices).to(device)}
+        else:
+            bound = {
+                block.name: compressor.bind(block, setting.seed, matrices.get(block.name)).to(device)
+                for block in tracked.blocks
+            }
+        collector = Collector(
+            module, tracked, bound, task, run.token_budget, run.skip_nonfinite, target=setting.target
+        )  # fmt: skip
         identity = _identity(collector, facts, str(compressor), rows)
         if bases is not None:
             identity["bases"] = bases.digest
@@ -182,6 +200,11 @@ def _load(model: str | nn.Module, task: Task | None, setting: Setting, run: Run)
     else:
         module, tokenizer = loading.load(model, dtype=setting.dtype, device=run.device)
         task = task or CausalLM(tokenizer, max_length=setting.max_length)
+    if setting.target == "margin" and not isinstance(task, Margins):
+        raise SpecError(
+            f"the target margin needs a task with margin and residual, which {type(task).__name__} has not: see "
+            "influent.task.Margins, or choose a method whose target is the loss"
+        )
     longest = loading.context_length(module)
     if isinstance(task, CausalLM) and longest is not None and task.max_length > longest:
         raise SpecError(f"--max-length is {task.max_length}, but the model reads at most {longest} tokens")
@@ -200,13 +223,17 @@ def _facts(module: nn.Module, task: Task, setting: Setting) -> dict[str, Any]:
 
 
 def _identity(collector: Collector, facts: dict[str, Any], compress: str, rows: str) -> dict[str, Any]:
-    layout = [
-        {"block": b.name, "kind": b.kind, "in": b.in_width, "out": b.out_width, "width": collector.widths[b.name]}
-        for b in collector.plan.blocks
-    ]
+    layout = [{**_described(b.block), "width": b.width} for b in collector.bound.values()]
+    if is_whole(collector.bound):
+        layout[0]["parts"] = [_described(block) for block in collector.plan.blocks]
     codec = Codec.parse(rows)
     layout = [with_factors(block, codec, collector.factors[block["block"]]) for block in layout]
-    return {"model": facts["model"], "task": facts["task"], "layout": layout, "compress": compress, **facts}
+    identity = {"model": facts["model"], "task": facts["task"], "layout": layout, "compress": compress, **facts}
+    return identity if collector.target == "loss" else {**identity, "target": collector.target}
+
+
+def _described(block: Block) -> dict[str, Any]:
+    return {"block": block.name, "kind": block.kind, "in": block.in_width, "out": block.out_width}
 
 
 def _brief(value: Any) -> str:

@@ -35,7 +35,7 @@ from influent.terminal import print_document, progress_bars
 
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
-METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik")
+METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik", "trak")
 
 app = typer.Typer(
     add_completion=False,
@@ -61,6 +61,9 @@ def index(
         typer.Option("--rate", metavar="R", help="Learning rate of each checkpoint, MODEL's first (tracin)."),
     ] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=", ".join(METHODS))] = "factgrass",
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A row for each layer: block; one for all: all. By method.")
+    ] = None,
     compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
     row_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Size of a stored row, e.g. 64KiB; sets the compressor's sizes.")
@@ -99,6 +102,7 @@ def index(
     The same command again resumes an interrupted one.
     """
     preflight.choice("--method", method, METHODS)
+    preflight.choice("--key", key or "block", ("block", "all"))
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))
     preflight.choice("--catalog", catalog, ("text", "reference"))
@@ -115,7 +119,7 @@ def index(
     preflight.place(out, wanted, 1 + len(checkpoints or ()))
     with progress_bars() as progress:
         document = influent.index(
-            model, data, out=out, checkpoints=checkpoints, rates=rates, method=method,
+            model, data, out=out, checkpoints=checkpoints, rates=rates, method=method, key=key,
             compress=compress, row_bytes=row_size, rows=rows, layers=layers,
             exclude=exclude,
             max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=cast(Any, catalog),

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from influent import extract, sides
+from influent import extract, sides, whole
 from influent.bind import Bound
 from influent.codec import Codec, Factors
 from influent.coding import encode
 from influent.errors import DataError, NumericsError
 from influent.layers import Plan, device_of
-from influent.task import Encodes, Part, Task
+from influent.task import Encodes, Margins, Part, Task
 
 HELD_BYTES = 256 * 2**20  # of float32 rows of documents in several parts, while their parts are summed
 
@@ -35,6 +35,7 @@ class Collector:
     Args:
         token_budget: a batch holds at most this many positions, padding included (at least one part).
         skip_nonfinite: give an example whose loss or gradient is not finite a zero row, instead of raising.
+        target: differentiate the task's `loss` (of queries its `measure`), or for both its `margin`.
         codec: code the rows as they will be stored. None, or one that is just a float dtype, leaves them in float32.
     """
 
@@ -45,6 +46,7 @@ class Collector:
     token_budget: int = 4096
     skip_nonfinite: bool = False
     codec: Codec | None = None
+    target: str = "loss"
 
     @property
     def widths(self) -> dict[str, int]:
@@ -79,7 +81,7 @@ class Collector:
         """
         device = device_of(self.model)
         codec = self.codec if self.codec is not None and (self.codec.rank or self.codec.packed) else None
-        out = Collected.empty(len(examples), device)
+        out = Collected.empty(len(examples), device, residual=self.target == "margin" and not query)
         queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example, lambda i=i: name(i))]
         counts = Counter(i for i, _ in queue)
         if without := set(range(len(examples))) - counts.keys():
@@ -101,6 +103,8 @@ class Collector:
                 coded.add(held)
         if coded is not None:
             out.rows, out.captured = coded.tensors, coded.captured
+        if out.residual is not None:
+            out.residual /= out.tokens.clamp(min=1)
         return out
 
     def _groups(
@@ -131,9 +135,10 @@ class Collector:
     def _add(self, out: "Collected", held: "_Held", batch: Queue, name: Callable[[int], str], query: bool) -> None:
         parts = [part for _, part in batch]
         inputs, shape = inputs_of(self.task, parts, device_of(self.model))
-        objective = self.task.measure if query else self.task.loss
+        objective = self._objective(query)
+        make = whole.gradients if whole.is_whole(self.bound) else extract.gradients
         try:
-            rows, losses = extract.gradients(
+            rows, losses = make(
                 self.model, self.plan, bound=self.bound, batch=shape, loss=lambda: objective(self.model, inputs)
             )
         except extract.NonFinite as error:
@@ -148,7 +153,17 @@ class Collector:
         where = torch.tensor([i for i, _ in batch], device=losses.device)
         held.add([i for i, _ in batch], rows)
         out.loss.index_add_(0, where, losses.float())
-        out.tokens.index_add_(0, where, torch.tensor([float(part.targets) for part in parts], device=losses.device))
+        targets = torch.tensor([float(part.targets) for part in parts], device=losses.device)
+        out.tokens.index_add_(0, where, targets)
+        if out.residual is not None and isinstance(self.task, Margins):
+            with torch.no_grad():
+                out.residual.index_add_(0, where, self.task.residual(self.model, inputs).float() * targets)
+
+    def _objective(self, query: bool) -> Callable[[nn.Module, Any], Tensor]:
+        if self.target == "margin":
+            assert isinstance(self.task, Margins), "attach.py has checked it"
+            return self.task.margin
+        return self.task.measure if query else self.task.loss
 
     def _check(self, out: "Collected", held: "_Held", name: Callable[[int], str], query: bool) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
@@ -169,7 +184,7 @@ class Collector:
         if gone := sorted(skipped):
             for values in (*held.rows.values(), squares):
                 values[gone] = 0
-            for values in (out.loss, out.tokens):
+            for values in (out.loss, out.tokens) if out.residual is None else (out.loss, out.tokens, out.residual):
                 values[[held.members[p] for p in gone]] = 0
         out.norm[held.members] = squares.sqrt().to(out.norm.dtype)
 
@@ -192,10 +207,12 @@ class Collected:
     skipped: dict[str, set[int]]
     num_split: int = 0
     captured: Float[Tensor, "n blocks"] | None = None
+    residual: Float[Tensor, " n"] | None = None  # of the target margin: see task.Margins
 
     @staticmethod
-    def empty(n: int, device: torch.device) -> "Collected":
-        return Collected({}, *(torch.zeros(n, device=device) for _ in range(3)), skipped={})
+    def empty(n: int, device: torch.device, *, residual: bool = False) -> "Collected":
+        zeros = [torch.zeros(n, device=device) for _ in range(4)]
+        return Collected({}, *zeros[:3], skipped={}, residual=zeros[3] if residual else None)
 
 
 @dataclass(eq=False)

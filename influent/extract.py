@@ -45,12 +45,7 @@ class Rows:
 
     def leave(self, site: Site, kept: Side, d: Float[Tensor, "B T O"]) -> None:
         bound = self.bound[site.block.name]
-        if site.kind == "embedding":
-            missing = site.block.in_width - d.shape[-1]  # a tied head's bias column, which the embedding has no part in
-            a, d = bound.map_in(nn.functional.pad(d, (0, missing))), kept
-        else:
-            a, d = kept, bound.map_out(d)
-        self._add(site, bound.join(Outer(a, d, bound.in_width, bound.out_width)))
+        self._add(site, bound.join(sided(bound, site, kept, d)))
 
     def vector(self, site: Site, gradient: Float[Tensor, "B K"]) -> None:
         self._add(site, self.bound[site.block.name].join(Flat(gradient)))
@@ -58,6 +53,16 @@ class Rows:
     def _add(self, site: Site, row: Tensor) -> None:
         name = site.block.name
         self.rows[name] = self.rows[name] + row if name in self.rows else row
+
+
+def sided(bound: Bound, site: Site, kept: Side, d: Float[Tensor, "B T O"]) -> Outer:
+    """A site's gradient from what its `enter` kept and the gradient of its output, both sides mapped."""
+    if site.kind == "embedding":
+        missing = site.block.in_width - d.shape[-1]  # a tied head's bias column, which the embedding has no part in
+        a, d = bound.map_in(nn.functional.pad(d, (0, missing))), kept
+    else:
+        a, d = kept, bound.map_out(d)
+    return Outer(a, d, bound.in_width, bound.out_width)
 
 
 @contextmanager

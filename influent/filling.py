@@ -170,4 +170,5 @@ def _write(
     writer.write(
         chunk, made.rows, loss=made.loss, norm=made.norm, tokens=made.tokens,
         dtype=writer.spec["rows"], skipped=skipped, split=made.num_split, captured=made.captured,
+        residual=made.residual,
     )  # fmt: skip

@@ -21,10 +21,11 @@ from influent.gradients import Side
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One tracked weight. A vector block (a norm's) has `out_width` 1 and its gradient is a vector of `in_width`."""
+    """One tracked weight. A vector block (a norm's, or all blocks') has `out_width` 1 and its gradient is a vector of
+    `in_width`."""
 
     name: str
-    kind: str  # linear, conv, embedding, norm
+    kind: str  # linear, conv, embedding, norm; all: see whole.py
     in_width: int
     out_width: int
 
@@ -34,7 +35,7 @@ class Block:
 
     @property
     def is_vector(self) -> bool:
-        return self.kind == "norm"
+        return self.kind in ("norm", "all")
 
 
 @dataclass(frozen=True, eq=False)

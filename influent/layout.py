@@ -21,6 +21,7 @@ CATALOG = ("catalog.json", "catalog.parquet")
 IDS = ".id"  # a block may be called id, loss, norm or tokens, but no module path begins with a dot
 STATS = {"loss": ".loss", "norm": ".norm", "tokens": ".tokens"}
 CAPTURED = ".captured"
+RESIDUAL = ".residual"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
@@ -32,6 +33,7 @@ class Layout:
     codec: Codec
     widths: dict[str, int]
     factors: dict[str, Factors | None]
+    has_residual: bool = False  # rows of margins carry 1 - p: see task.Margins
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Layout:
@@ -43,7 +45,7 @@ class Layout:
         blocks = spec["layout"]
         widths: dict[str, int] = {block["block"]: block["width"] for block in blocks}
         factors = {block["block"]: _factors(block) for block in blocks}
-        found = cls(codec, widths, factors)
+        found = cls(codec, widths, factors, spec.get("target", "loss") == "margin")
         times = Counter(name for block in blocks for name in found.blocks[block["block"]])
         for name, count in times.items():
             if count > 1:
@@ -80,6 +82,8 @@ class Layout:
         held = self.rows(n)
         held[IDS] = ("int64", (n,))
         held.update((name, ("float32", (n,))) for name in STATS.values())
+        if self.has_residual:
+            held[RESIDUAL] = ("float32", (n,))
         if self.has_captured:
             held[CAPTURED] = ("uint8", (n, len(self.widths)))
         return held

@@ -26,7 +26,7 @@ from influent.rowstore import Index
 from influent.storage import Store
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from influent.task import Task
 
@@ -64,6 +64,10 @@ def _grass(side: int) -> str:
     return f"mask:{4 * side * side} | sjlt:{side * side}"
 
 
+def _flat(side: int) -> str:
+    return f"sjlt:{side * side}"
+
+
 def _logra(side: int) -> str:
     return f"gauss:{side}x{side}"
 
@@ -83,6 +87,7 @@ METHODS: dict[str, Method] = {
     "logra": Method("loss", _logra, "fim"),
     "graddot": Method("loss", _factgrass, "identity"),
     "linfik": Method("loss", _factgrass, "identity"),  # as graddot, asked by `value` for the mean over a target
+    "trak": Method("margin", _flat, "fim", key="all", scale="residual"),
     "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
 }
 
@@ -90,6 +95,16 @@ METHODS: dict[str, Method] = {
 def own_curvature(index: Index) -> str:
     """The curvature that the index's method asks for when a query names none."""
     return METHODS[index.notes["method"]].curvature
+
+
+def scale_of(opened: Ensemble) -> Tensor | None:
+    """What multiplies each row's score, [N], by the method: nothing, or the mean of its residuals over the members."""
+    if METHODS[opened.first.notes["method"]].scale == "none":
+        return None
+    import torch
+
+    residuals = torch.stack([member.stat("residual").double() for member in opened.members])  # [members, N]
+    return torch.tensor(opened.weights, dtype=torch.float64) @ residuals
 
 
 def index(
@@ -100,6 +115,7 @@ def index(
     checkpoints: Sequence[Any] | None = None,
     rates: Sequence[float] | None = None,
     method: str = "factgrass",
+    key: str | None = None,
     compress: str | None = None,
     row_bytes: int | None = None,
     rows: str | None = None,
@@ -126,6 +142,7 @@ def index(
         checkpoints: further models of the same kind (for a module also its state dicts); `out` is then an ensemble
             with one index a checkpoint, `model` first, whose scores are the mean over all of them.
         rates: of each checkpoint (`model` first) the learning rate, for a method that adds scores up by it.
+        key: `block` for a row in each layer, `all` for one row of all layers together. By default the method's way.
         rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
         row_bytes: the size of a stored row; the method's compressor (and codec) is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
@@ -138,6 +155,8 @@ def index(
     """
     if method not in METHODS:
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+    if key not in (None, "block", "all"):
+        raise SpecError(f"key is {key!r}, expected block or all")
     if shard_rows is not None and shard_rows < 1:
         raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
     if task is not None and max_length != DEFAULT_LENGTH:
@@ -160,7 +179,7 @@ def index(
         compress=compress or own.compress, rows=codec,
         budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
         layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
-        seed=seed,
+        seed=seed, target=own.target, key=key or own.key,
     )  # fmt: skip
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     places = _places(Store(out), len(weights))
@@ -268,6 +287,8 @@ def self_influence(
             )
         )
         values += weight * score.self_influence(member, fits[-1], progress=progress).double()
+    if (scale := scale_of(opened)) is not None:
+        values *= scale.double()
     top = TopK(k)
     best = top.result(top.push(top.empty(1), torch.arange(opened.n), values.float().unsqueeze(0)))
     numbers, scores = best.rows[0].tolist(), best.scores[0].tolist()

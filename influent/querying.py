@@ -18,7 +18,7 @@ from influent.choosing import choose_curvature, method_facts
 from influent.curvature import Curvature
 from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
-from influent.methods import own_curvature
+from influent.methods import METHODS, own_curvature, scale_of
 from influent.progress import Progress
 from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
@@ -28,7 +28,10 @@ from influent.storage import Store
 from influent.task import Encodes, Task
 
 NORMALIZATIONS = ("none", "cosine", "relatif")
-SIGN = "positive = training on it lowered this loss"
+SIGNS = {
+    "loss": "positive = training on it lowered this loss",
+    "margin": "positive = training on it raised this margin, the log-odds of the answer",
+}
 
 
 def query(
@@ -106,7 +109,9 @@ def query(
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
     if scores is not None:
         reducers["full"] = Full()
-    found = score.score_members(members, reducers, normalize=normalize, query_rank=query_rank, progress=progress)
+    found = score.score_members(
+        members, reducers, normalize=normalize, scale=scale_of(opened), query_rank=query_rank, progress=progress
+    )
     if scores is not None:
         _save(found["full"], scores)
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
@@ -154,12 +159,17 @@ def read_queries(given: Any, task: Task | None) -> tuple[list[Any], list[dict[st
     return [example.content for example in found], [example.content for example in found]
 
 
+def key_of(layout: Sequence[dict[str, Any]]) -> str:
+    """Whether rows are keyed by block, or are one for all blocks."""
+    return "all" if [block["kind"] for block in layout] == ["all"] else "block"
+
+
 def setting_of(index: Index) -> Setting:
     spec, notes = index.spec, index.notes
     return Setting(
         compress=spec["compress"], rows=spec["rows"], layers=notes["layers"], exclude=notes["exclude"],
         max_length=notes["max_length"], dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"],
-        seed=spec["seed"],
+        seed=spec["seed"], target=spec.get("target", "loss"), key=key_of(spec["layout"]),
     )  # fmt: skip
 
 
@@ -201,7 +211,7 @@ def _document(
             "random": [_listed(index, pairs) for pairs in chance],
         },
         "skipped": opened.skipped,
-        "sign": SIGN,
+        "sign": SIGNS[METHODS[index.notes["method"]].target],
     }
 
 

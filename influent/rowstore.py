@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact import Artifact, Record, content, kind_of
 from .codec import Codec, Factors
 from .errors import CorruptError, InfluentError, LayerError, SpecError
-from .layout import CAPTURED, IDS, STATS, Layout, Tensors, first_gap, num_rows
+from .layout import CAPTURED, IDS, RESIDUAL, STATS, Layout, Tensors, first_gap, num_rows
 from .payload import Payload
 from .storage import Store
 
@@ -75,7 +75,11 @@ class Shard:
         return self._read(IDS, "int64", (len(self),))
 
     def stat(self, name: str) -> torch.Tensor:
-        """ "loss", "norm" or "tokens" of each row, [n] float32."""
+        """ "loss", "norm" or "tokens" of each row, and of rows of margins "residual": [n] float32."""
+        if name == "residual":
+            if not self._index.layout.has_residual:
+                raise SpecError(f"{self._index.path}: its rows have no residual: they are not of the target margin")
+            return self._read(RESIDUAL, "float32", (len(self),))
         return self._read(STATS[name], "float32", (len(self),))
 
     def check(self) -> None:
@@ -182,7 +186,7 @@ class Index:
         return Catalog.open(self.store, len(self.artifact.history))
 
     def stat(self, name: str) -> torch.Tensor:
-        """ "loss", "norm" or "tokens" of every row, [N] float32."""
+        """ "loss", "norm" or "tokens" of every row, and of rows of margins "residual": [N] float32."""
         import torch
 
         return torch.cat([torch.empty(0), *(shard.stat(name) for shard in self.shards)])

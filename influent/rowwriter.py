@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact import ArtifactWriter, Record
 from .codec import Codec, Factors
 from .errors import FormatError, MismatchError, NumericsError
-from .layout import CAPTURED, CATALOG, IDS, STATS, Layout, first_gap, num_rows, with_factors
+from .layout import CAPTURED, CATALOG, IDS, RESIDUAL, STATS, Layout, first_gap, num_rows, with_factors
 from .storage import Store
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class IndexWriter:
         two blocks would store tensors of one name.
         """
         layout = Layout.of(spec)  # what cannot be written must not be begun
-        requires = () if layout.is_plain else ("codec",)
+        requires = [*([] if layout.is_plain else ["codec"]), *(["residual"] if layout.has_residual else [])]
         return cls(ArtifactWriter.open(Store.at(path), "index", spec, notes=notes, requires=requires))
 
     @classmethod
@@ -94,6 +94,7 @@ class IndexWriter:
         skipped: Mapping[str, list[int]],
         split: int = 0,
         captured: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> Record:
         """Commit one chunk: its rows, loss, norm and tokens [n], and the row ids that were skipped and why (their rows
         are zero).
@@ -103,6 +104,7 @@ class IndexWriter:
                 name, as `coding.encode` makes them.
             dtype: the codec's text, which must be the index's.
             split: how many documents were longer than the context.
+            residual: [n], for rows of the target margin.
             captured: [n, blocks], for a codec with a rank: the share of each row's energy that was kept, 0 to 1.
 
         Raises:
@@ -117,6 +119,10 @@ class IndexWriter:
         tensors: dict[str, torch.Tensor] = {IDS: torch.arange(chunk.lo, chunk.hi, dtype=torch.int64)}
         for name, values in (("loss", loss), ("norm", norm), ("tokens", tokens)):
             tensors[STATS[name]] = _checked(name, values, (n,), "float32", chunk.lo)
+        if (residual is not None) != self.layout.has_residual:
+            raise MismatchError(f"{self.store}: `residual` goes with rows of the target margin")
+        if residual is not None:
+            tensors[RESIDUAL] = _checked("residual", residual, (n,), "float32", chunk.lo)
         expected = self.layout.rows(n)
         if rows.keys() != expected.keys():
             raise MismatchError(f"{self.store}: blocks {sorted(rows.keys() ^ expected.keys())} do not fit the layout")

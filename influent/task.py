@@ -3,8 +3,9 @@
 `Task` is the only thing that the user of a model of their own must write: two functions from a batch to one scalar an
 example. `Encodes` is the optional capability of tasks whose examples are records (texts) and must become tensors;
 without it an example is whatever the data set yields, collated by PyTorch. `Samples` is that of tasks whose model
-predicts a distribution, which K-FAC draws labels from. Losses are summed over an example's target
-tokens, so that a row does not depend on its batch. Not here: reading records (catalog.py), batching (collect.py).
+predicts a distribution, which K-FAC draws labels from; `Margins` that of tasks with a right answer (TRAK). Losses are
+summed over an example's target tokens, so that a row does not depend on its batch. Not here: reading records
+(catalog.py), batching (collect.py).
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from torch.nn import functional
 from influent.errors import DataError, SpecError
 from influent.labels import draw_labels
 from influent.rng import Stream
-from influent.tokenloss import token_losses
+from influent.tokenloss import token_losses, token_margins
 
 
 @runtime_checkable
@@ -64,6 +65,19 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
+class Margins(Protocol):
+    """The capability to tell by how much the model prefers what is right: TRAK's model output function."""
+
+    def margin(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        """log(p / (1 - p)) with p the probability of what is right, summed over an example's targets."""
+        ...
+
+    def residual(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        """1 - p, the derivative of the loss by minus the margin; the mean over an example's targets."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B])."""
@@ -74,6 +88,12 @@ class Classification:
 
     def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
         return self.loss(model, batch)
+
+    def margin(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        return token_margins(model(batch[0]), batch[1])
+
+    def residual(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
+        return torch.sigmoid(-self.margin(model, batch))
 
     def sampled_loss(self, model: nn.Module, batch: Any, streams: Sequence[Stream]) -> Float[Tensor, " B"]:
         logits = model(batch[0])
@@ -219,6 +239,18 @@ class CausalLM:
         drawn = draw_labels(logits.flatten(0, 1)[at], torch.from_numpy(words).flatten()[at.cpu()])
         return _summed(logits, at, drawn, batch)
 
+    def margin(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """The log-odds of each target token, summed over each row's targets (times its weight)."""
+        logits, at, labels = self._targets(model, batch)
+        return _by_row(token_margins(logits.flatten(0, 1)[at], labels), at, logits, batch["weight"])
+
+    def residual(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """1 - p of the target token, its mean over each row's targets."""
+        logits, at, labels = self._targets(model, batch)
+        each = torch.sigmoid(-token_margins(logits.flatten(0, 1)[at], labels))
+        ones = _by_row(torch.ones_like(each), at, logits, torch.ones(len(logits)))
+        return _by_row(each, at, logits, 1 / ones.clamp(min=1))
+
     def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, T, V], the places in B * T from which a target is predicted, and the targets."""
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
@@ -233,9 +265,13 @@ class CausalLM:
 
 def _summed(logits: Tensor, at: Tensor, labels: Tensor, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
     """Cross-entropy at the places `at`, summed by row, times the rows' weights."""
-    each = token_losses(logits.flatten(0, 1), at, labels)
+    return _by_row(token_losses(logits.flatten(0, 1), at, labels), at, logits, batch["weight"])
+
+
+def _by_row(each: Tensor, at: Tensor, logits: Tensor, weight: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Numbers at the places `at` in B * T, summed by row, times the rows' weights."""
     rows = at // logits.shape[1]
-    return each.new_zeros(len(logits)).index_add(0, rows, each) * batch["weight"].to(each.device, each.dtype)
+    return each.new_zeros(len(logits)).index_add(0, rows, each) * weight.to(each.device, each.dtype)
 
 
 def _digest_of(vocabulary: Mapping[str, int]) -> str:

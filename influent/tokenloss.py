@@ -20,6 +20,14 @@ def token_losses(logits: Float[Tensor, "n V"], at: Int[Tensor, " m"], labels: In
     return _TokenLosses.apply(logits, at, labels)
 
 
+def token_margins(logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """log(p / (1 - p)) of the labels: their logit less the log-sum-exp of all others, which does not lose 1 - p to
+    rounding where p is near 1."""
+    x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    at = labels.unsqueeze(1)
+    return x.gather(1, at).squeeze(1) - x.scatter(1, at, float("-inf")).logsumexp(1)
+
+
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, at: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 ROWS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8", "sign": "U8"}
-FEATURES = {"codec", "append", "ensemble"}
+FEATURES = {"codec", "append", "ensemble", "residual"}
 
 
 def text_hash(data: bytes) -> str:
@@ -126,6 +126,12 @@ def check_shards(folder: Path, spec: dict, manifest: dict) -> None:
         if spec["rows"].startswith("rank:"):
             assert "codec" in manifest["requires"]
             wanted |= {".captured": ("U8", [n, len(spec["layout"])])}
+        if "target" in spec:
+            assert spec["target"] == "margin" and "residual" in manifest["requires"]
+            wanted |= {".residual": ("F32", [n])}
+        if spec["layout"][0]["kind"] == "all":
+            (only,) = spec["layout"]
+            assert only["in"] == sum(part["in"] * part["out"] for part in only["parts"])
         wanted |= {".id": ("I64", [n])} | {name: ("F32", [n]) for name in (".loss", ".norm", ".tokens")}
         assert got == wanted
         a, b = entries[".id"]["data_offsets"]

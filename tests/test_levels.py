@@ -19,7 +19,7 @@ LEVELS = [
      "pairs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore",
      "rowwriter",
-     "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective"],
+     "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
      "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
