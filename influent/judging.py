@@ -81,19 +81,32 @@ def _complete(stored: Sequence[Retraining], numbers: Sequence[int]) -> Halves:
 
 def lds(named: Named, outcomes: Halves, queries: np.ndarray) -> Doc:
     """The linear datamodelling score, against the outcomes averaged over seeds; with several seeds also against those
-    of one training (`one_training`, an interval over seeds and queries), and how well one seed foretells another
-    (`reliability`), which is what no score can be expected to exceed by much."""
+    of one training (`one_training`, an interval over seeds and queries), how well one seed foretells another
+    (`reliability`, r), and the `ceiling`: what a perfect forecast of the expected outcome would have with the average
+    of S seeds, sqrt(S r / (1 + (S - 1) r)) after Spearman and Brown (exact for linear correlations)."""
     methods = {}
     for name, scores in named.items():
         each = outcomes.lds(scores, queries)
-        methods[name] = {**bootstrap(each).to_json(), "each": each.tolist()}
+        methods[name] = _by_query(each, methods)
         if len(outcomes.gain) > 1:
             single = [metrics.lds(scores[queries], outcomes.used, gain[:, queries]) for gain in outcomes.gain]
             methods[name]["one_training"] = bootstrap(np.array(single)).to_json()
+    reliability, seeds = _reliability(outcomes, queries), len(outcomes.gain)
+    ceiling = None
+    if reliability is not None:
+        ceiling = float(np.sqrt(max(0.0, seeds * reliability / (1 + (seeds - 1) * reliability))))
     return {
-        "subsets": len(outcomes.used), "seeds": len(outcomes.gain), "reliability": _reliability(outcomes, queries),
+        "subsets": len(outcomes.used), "seeds": seeds, "reliability": reliability, "ceiling": ceiling,
         "methods": methods,
     }  # fmt: skip
+
+
+def _by_query(each: np.ndarray, methods: Mapping[str, Doc]) -> Doc:
+    """The mean over the queries, and by how much it is ahead of the method judged first: both have the same queries,
+    so the interval of the difference is narrower than those of the two suggest."""
+    first = next(iter(methods.values()), None)
+    lead = None if first is None else bootstrap(each - np.array(first["each"])).to_json()
+    return {**bootstrap(each).to_json(), "ahead": lead, "each": each.tolist()}
 
 
 def _reliability(outcomes: Halves, queries: np.ndarray) -> float | None:
@@ -113,7 +126,7 @@ def leave_out(named: Named, reruns: Reruns, queries: np.ndarray, groups: Sequenc
         summed = np.stack([scores[queries][:, rows].sum(1) for rows in groups], axis=1)
         each = metrics.spearman(summed, cost)
         linear = float(metrics.pearson(summed, cost).mean())
-        methods[name] = {**bootstrap(each).to_json(), "pearson": linear, "each": each.tolist()}
+        methods[name] = _by_query(each, methods) | {"pearson": linear}
     return {"unit": unit, "left_out": len(groups), "methods": methods}
 
 

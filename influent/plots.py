@@ -36,10 +36,11 @@ def png(document: Doc) -> bytes:
     except ImportError as e:
         raise SpecError("plots need matplotlib: pip install 'influent[plots]'") from e
     names = [name for name in (*AXES, *CURVES) if name in document]
-    figure = Figure(figsize=(5.2 * len(names), 3.6), layout="constrained", dpi=120)
+    columns, lines = min(3, len(names)), -(-len(names) // 3)
+    figure = Figure(figsize=(4.8 * columns, 3.4 * lines), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(1, len(names), place)
+        axes = figure.add_subplot(lines, columns, place)
         (_bars if name in AXES else _lines)(axes, name, document[name])
         axes.set_title(name, fontsize=10)
     sink = io.BytesIO()

@@ -90,12 +90,17 @@ def _tables(doc: Doc) -> Iterator[tuple[str, str, Sequence[str], list[list[str]]
 
 def _columns(name: str, part: Doc) -> tuple[list[tuple[str, Any]], str]:
     """What a metric's table has beside the mean, each a heading and a function of a method's part; and its note."""
+    ahead = (f"ahead of {part['name']}", _ahead)
     if name == "lds":
-        extra = [("one training", lambda m: _number(m["one_training"]["mean"]))] if part["seeds"] > 1 else []
-        noise = "" if part["reliability"] is None else f"; one seed foretells another {_number(part['reliability'])}"
+        extra = [
+            ahead,
+            *([("one training", lambda m: _number(m["one_training"]["mean"]))] if part["seeds"] > 1 else []),
+        ]
+        noise = "" if part["ceiling"] is None else f"; a perfect forecast would have about {_number(part['ceiling'])}"
         return extra, f"{part['subsets']} subsets, {part['seeds']} training(s) of each{noise}"
     if name == "loo":
-        return [("Pearson", lambda m: _number(m["pearson"]))], f"left out: {part['left_out']}, each a {part['unit']}"
+        extra = [ahead, ("Pearson", lambda m: _number(m["pearson"]))]
+        return extra, f"left out: {part['left_out']}, each a {part['unit']}"
     if name == "tail-patch":
         return [("together", lambda m: _number(m["together"]["mean"]))], f"the top {part['k']} rows of each query"
     if name == "mislabel":
@@ -109,6 +114,11 @@ def _columns(name: str, part: Doc) -> tuple[list[tuple[str, Any]], str]:
         return steps, f"{len(part['queries'])} queries; in brackets the share of answers that change"
     steps = [(f"{share:.0%}", lambda m, i=i: _number(m["loss"][i])) for i, share in enumerate(part["shares"])]
     return steps, f"rows ordered by {len(part['chosen_by'])} queries, loss of the other {len(part['measured'])}"
+
+
+def _ahead(method: Doc) -> str:
+    lead = method["ahead"]
+    return "" if lead is None else f"{lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f})"
 
 
 def _flips(flips: Sequence[float] | None, i: int) -> str:

@@ -71,6 +71,8 @@ def test_the_truth_of_linear_outcomes_gives_an_lds_of_one(tmp_path):
     assert found["methods"]["right"]["low"] == pytest.approx(1)
     assert found["methods"]["wrong"]["mean"] == pytest.approx(-1)
     assert found["methods"]["none"]["mean"] == 0
+    assert found["methods"]["right"]["ahead"] is None
+    assert found["methods"]["wrong"]["ahead"] == pytest.approx({"mean": -2, "low": -2, "high": -2})
     assert (found["subsets"], found["seeds"], found["reliability"]) == (20, 1, None)
     assert {len(rows) for rows in (plan.rows.nonzero()[0] for plan in halves(N, 20))} == {N // 2}
     assert truth.of_role("subset")[3].outcome.said.tolist() == [N // 2] * Q
@@ -96,6 +98,18 @@ def test_seeds_are_averaged_and_told_apart(tmp_path):
     assert outcomes.gain.shape == (3, 16, Q)
     assert found["one_training"]["mean"] < found["mean"]
     assert found["one_training"]["low"] <= found["one_training"]["mean"] <= found["one_training"]["high"]
+
+
+def test_the_ceiling_is_what_a_perfect_forecast_has():
+    """Outcomes are the expected ones plus noise of the same size: reliability 1/2, of four seeds' mean 4/5."""
+    noise = np.random.default_rng(1).normal(size=(4, 400, 20))
+    expected = np.random.default_rng(2).normal(size=(400, 20))
+    used = np.eye(400, dtype=bool)
+    found = judging.lds({"perfect": expected.T}, judging.Halves(used, expected + noise), np.arange(20))
+    assert found["reliability"] == pytest.approx(0.5, abs=0.03)
+    assert found["ceiling"] == pytest.approx(0.8**0.5, abs=0.02)
+    assert found["methods"]["perfect"]["mean"] == pytest.approx(found["ceiling"], abs=0.02)
+    assert found["methods"]["perfect"]["one_training"]["mean"] == pytest.approx(0.5**0.5, abs=0.03)
 
 
 def test_killed_after_each_put_it_goes_on(tmp_path):
