@@ -1,8 +1,9 @@
-"""What scoring one block costs: each kernel for rows of pairs, and the decoding of each row codec.
+"""What scoring one block costs: each kernel for rows of pairs, and dense rows of each codec.
 
-Nanoseconds per row and query, one thread, the least of several repeats. `between` puts a query's matrix between a
-row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K, `chosen` is what `score` would take. Decoding is
-nanoseconds per number and milliseconds per stored MB, with and without the product with one query.
+Nanoseconds of CPU time per row and query, one thread, the least of several repeats. `between` puts a query's matrix
+between a row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K, `chosen` is what `score` would take. Of
+dense rows: nanoseconds per number and per stored byte, `score N` for N queries on the integer codes where a codec has
+them, `unpack N` through float32.
 `python benchmarks/kernels.py [--repeats 3]`
 """
 
@@ -18,7 +19,7 @@ from environment import save
 
 from influent.codec import FLOATS, PER_BYTE, Codec
 from influent.coding import decode, encode
-from influent.gradients import LowRank
+from influent.gradients import LowRank, Row
 from influent.kernels import CHUNK_NUMBERS, Sums, _add_between, _add_cut, _add_whole, prepare
 
 QUERIES = (1, 4, 16, 64, 256)
@@ -26,7 +27,8 @@ RANKS = (1, 4, 8)
 SHAPES = ((36, 36), (36, 96), (64, 64))
 CUTS = (4, 8)
 ROW_QUERIES = 1 << 15  # scores made by one timed call, at most
-CHUNK, WIDTH, NUMBERS = 128, 4096, 1 << 22
+CHUNK, WIDTH, NUMBERS = 512, 4096, 1 << 22  # rows at a time as score cuts them
+CODEC_QUERIES = (1, 16)
 
 
 def main() -> None:
@@ -45,9 +47,9 @@ def least(call: Callable[[], object], repeats: int) -> float:
     call()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 
@@ -73,24 +75,32 @@ def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -
 
 
 def decoding(bits: str, repeats: int) -> dict[str, Any]:
+    """Dense rows of one codec: unpacking alone, and scoring as it is done here ("score") and by unpacking."""
     codec = Codec(None, bits)
     tensors = encode(codec, torch.randn(NUMBERS // WIDTH, WIDTH), None, key="k").tensors
-    q = torch.randn(1, WIDTH)
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
 
-    def each(use: Callable[[torch.Tensor], object]) -> None:
-        for lo in range(0, NUMBERS // WIDTH, CHUNK):
-            part = {name: x[lo : lo + CHUNK] for name, x in tensors.items()}
-            use(decode(codec, part, "k", WIDTH, None).to(torch.float32).flat())
+    def each(use: Callable[[Row], object]) -> float:
+        def run() -> None:
+            for lo in range(0, NUMBERS // WIDTH, CHUNK):
+                part = {name: x[lo : lo + CHUNK] for name, x in tensors.items()}
+                use(decode(codec, part, "k", WIDTH, None))
 
-    alone, scored = least(lambda: each(lambda g: g), repeats), least(lambda: each(lambda g: q @ g.T), repeats)
-    size = sum(x.numel() * x.element_size() for x in tensors.values()) / 1e6
-    return {
-        "bits": bits,
-        "decode_ns_per_number": round(1e9 * alone / NUMBERS, 3),
-        "score_ns_per_number": round(1e9 * scored / NUMBERS, 3),
-        "decode_ms_per_mb": round(1e3 * alone / size, 2),
-        "score_ms_per_mb": round(1e3 * scored / size, 2),
-    }
+        return 1e9 * least(run, repeats)
+
+    found: dict[str, Any] = {"bits": bits, "bytes_per_number": round(size / NUMBERS, 4)}
+    found["decode_ns_per_number"] = round(each(lambda row: row.to(torch.float32)) / NUMBERS, 3)
+    for num_queries in CODEC_QUERIES:
+        q, into = torch.randn(num_queries, WIDTH), torch.zeros(num_queries, CHUNK, dtype=torch.float64)
+        ways = {"unpack": prepare(q, None, None)}
+        if codec.packed:
+            ways["score"] = prepare(q, None, None, bits=bits)
+        for name, asked in ways.items():
+            ns = each(lambda row, asked=asked, into=into: asked.add(Sums(into), row))
+            found[f"{name} {num_queries}"] = {
+                "ns_per_number": round(ns / NUMBERS, 3), "ns_per_byte": round(ns / size, 3)
+            }  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import NumericsError
-from .gradients import Flat, LowRank, Row
+from .gradients import Flat, LowRank, Packed, Row
 from .gram import RowSource, Shard
 from .kernels import BlockQueries, Sums, prepare
 
@@ -52,22 +52,33 @@ def ask(index: RowSource, queries: Mapping[str, Tensor], query_rank: int | None)
 
 
 def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> Block:
-    width, factors = index.widths[key], None
+    width, factors, coded = index.widths[key], None, None
     match index.shards[0].grads(key, 0, 0) if index.shards else None:  # no row, but the form that rows have
         case LowRank(u=u, v=v):
             factors = (v.shape[2], u.shape[2])
             width = u.shape[1] * sum(factors)
-    return Block(key, prepare(q, factors, query_rank), max(1, FETCH_NUMBERS // max(1, width)))
+        case Packed(bits=bits):
+            coded = bits
+    return Block(key, prepare(q, factors, query_rank, bits=coded), max(1, FETCH_NUMBERS // max(1, width)))
 
 
 def blame_rows(shard: Shard, blocks: Iterable[Block]) -> None:
     """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
     for block in blocks:
         for lo, row in block.pieces(shard, shard.lo, shard.hi):
-            sides = [row.g] if isinstance(row, Flat) else [row.u, row.v]
-            finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in sides]).all(dim=0)
+            finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in _numbers(row)]).all(dim=0)
             if not bool(finite.all()):
                 raise NumericsError(
                     f"shard {shard.name}, block {block.key!r}, row {lo + int((~finite).nonzero()[0])}: "
                     "the index's rows are not finite: run `influent verify` on the index"
                 )
+
+
+def _numbers(row: Row) -> list[Tensor]:
+    match row:
+        case Flat(g=g):
+            return [g]
+        case Packed(scale=scale):
+            return [scale[:, None]]
+        case LowRank(u=u, v=v):
+            return [u, v]

@@ -7,8 +7,10 @@ map A (x) B acts on the flat vector as their Kronecker product.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
+
+from .packing import unpack
 
 Side = Float[Tensor, "B T _"] | Int[Tensor, "B T"]  # the features' axis is free: it changes under a map
 
@@ -132,7 +134,42 @@ class LowRank:
         return grams.sum((1, 2)).clamp_(min=0)  # rounding alone can leave a negative zero
 
 
-Row = Flat | LowRank  # what a stored row of one block is once decoded
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A dense stored row in integer codes, scale * code, which are unpacked by whoever wants numbers."""
+
+    codes: Int8[Tensor, "B P"] | UInt8[Tensor, "B P"]
+    scale: Float[Tensor, " B"]
+    bits: str
+    width: int
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def __getitem__(self, rows: slice) -> "Packed":
+        return Packed(self.codes[rows], self.scale[rows], self.bits, self.width)
+
+    def to(self, dtype: torch.dtype) -> Flat:
+        """The same rows as numbers of `dtype`."""
+        return Flat(self.flat().to(dtype))
+
+    def flat(self) -> Float[Tensor, "B K"]:
+        return unpack(self.codes, self.bits, self.width).mul_(self.scale.float()[:, None])
+
+    def columns(self, lo: int, hi: int) -> Float[Tensor, "B k"]:
+        """The columns lo..hi-1 of `flat()`."""
+        return self.flat()[:, lo:hi]
+
+    def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
+        """Inner products with flat query vectors, in the queries' dtype."""
+        return q @ self.flat().to(q.dtype).T
+
+    def squares(self) -> Float[Tensor, " B"]:
+        """Squared norms, as a flat row's."""
+        return Flat(self.flat()).squares()
+
+
+Row = Flat | LowRank | Packed  # a stored row of one block
 Grad = Outer | Flat
 
 

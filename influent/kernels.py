@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .codec import Factors
-from .gradients import LowRank, Row
+from .digits import NARROWEST, Digits, usable
+from .gradients import LowRank, Packed, Row
 from .truncate import truncate
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block held at once: 2 MiB of float32, which the matrix product finds in cache
@@ -68,12 +69,16 @@ class BlockQueries:
     whole: Float[Tensor, "Q K"]
     cut: LowRank | None = None  # u [Q, k, b], v [Q, k, a]
     captured: Float[Tensor, " Q"] | None = None
+    digits: Digits | None = None  # for packed rows, where their products are fast
 
     def __len__(self) -> int:
         return self.whole.shape[0]
 
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
+        if isinstance(row, Packed) and self.digits is not None and self.digits.bits == row.bits:
+            self.digits.add(sums.scores, row)
+            return
         if not isinstance(row, LowRank):
             kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
         else:
@@ -110,9 +115,14 @@ class BlockQueries:
         return kernel, held
 
 
-def prepare(q: Float[Tensor, "Q K"], factors: Factors | None, rank: int | None) -> BlockQueries:
-    """The queries of one block; cut to their best `rank` pairs when it is given and the pairs are the smaller."""
+def prepare(
+    q: Float[Tensor, "Q K"], factors: Factors | None, rank: int | None, *, bits: str | None = None
+) -> BlockQueries:
+    """The queries of one block; cut to their best `rank` pairs when it is given and the pairs are the smaller. `bits`
+    are those of dense rows in codes."""
     q = q.detach().cpu().float()
+    if bits is not None:
+        return BlockQueries(q, digits=Digits.of(q, bits) if usable() and q.shape[1] >= NARROWEST else None)
     if rank is None or factors is None or rank * sum(factors) >= q.shape[1]:
         return BlockQueries(q)
     cut = truncate(q.unflatten(1, factors), rank)

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influent.codec import Codec
-from influent.coding import decode, encode, pack, unpack
+from influent.coding import decode, encode
 from influent.errors import NumericsError
-from influent.gradients import Flat, LowRank
+from influent.gradients import Flat, LowRank, Packed
+from influent.packing import pack, unpack
 
 PACKED = ("int8", "int4", "sign")
 CODECS = ("float32", "float16", "bfloat16", "int8", "int4", "sign")
@@ -46,7 +47,8 @@ def test_the_tensors_are_those_that_the_codec_names(text, factors):
     assert sum(x.numel() * x.element_size() for x in coded.tensors.values()) == 5 * codec.row_bytes(63, factors)
     assert coded.captured.shape == (5,) and coded.captured.dtype == torch.float32
     assert row.flat().shape == (5, 63)
-    assert isinstance(row, Flat if codec.stored_rank(factors) is None else LowRank)
+    dense = Packed if codec.packed else Flat
+    assert isinstance(row, dense if codec.stored_rank(factors) is None else LowRank)
     assert row.flat().dtype == (torch.float32 if codec.packed else getattr(torch, codec.bits))
 
 
