@@ -22,13 +22,14 @@ def mask(
     scope: Annotated[
         str, typer.Option(metavar="NAME", help="block, a mask for each layer; or all, K entries of all together.")
     ] = "block",
+    target: Annotated[str, typer.Option(metavar="NAME", help="Of whose gradients: loss, or for trak margin.")] = "loss",
     queries: Annotated[
         str | None, typer.Option(metavar="FILE", help="What to agree on: rows like the data's. Default: the sample.")
     ] = None,
     sample: Annotated[int, typer.Option(metavar="N", min=1, help="Training rows to draw.")] = 256,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw from the first so many rows.")] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of Adam, at most.")] = 200,
-    rate: Annotated[float, typer.Option(metavar="R", help="Adam's.")] = 1e-3,
+    rate: Annotated[float, typer.Option(metavar="R", help="Adam's.")] = 2e-4,
     penalty: Annotated[
         float, typer.Option("--lambda", metavar="L", help="Weight of the number of entries. 0: tuned to the size.")
     ] = 0.0,
@@ -52,6 +53,7 @@ def mask(
     Use it as --compress "select:FILE" or "select:FILE | sjlt:4096".
     """
     preflight.choice("--scope", scope, ("block", "all"))
+    preflight.choice("--target", target, ("loss", "margin"))
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))
     preflight.mask_size(size, scope)
@@ -64,8 +66,8 @@ def mask(
     preflight.queries("--queries", queries)
     with progress_bars() as progress:
         document = influent.mask(
-            model, data, out, size=size, scope=scope, queries=queries, sample=sample, limit=limit, steps=steps,
-            rate=rate, penalty=penalty, layers=layers, exclude=exclude, max_length=max_length,
+            model, data, out, size=size, scope=scope, target=target, queries=queries, sample=sample, limit=limit,
+            steps=steps, rate=rate, penalty=penalty, layers=layers, exclude=exclude, max_length=max_length,
             token_budget=token_budget, dtype=dtype, matmul=matmul, seed=seed, memory=memory, device=device,
             progress=progress,
         )  # fmt: skip

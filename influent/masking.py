@@ -38,7 +38,7 @@ from influent.rng import Stream
 from influent.selection import KIND, parse_size
 from influent.selective import Found, Search, search
 from influent.storage import Store
-from influent.task import Task
+from influent.task import Margins, Task
 
 MEMORY = 2048  # MiB of sampled gradients held at a time
 SCOPES = ("block", "all")
@@ -54,11 +54,12 @@ def mask(
     *,
     size: str = "128x128",
     scope: str = "block",
+    target: str = "loss",
     queries: Any = None,
     sample: int = 256,
     limit: int | None = None,
     steps: int = 200,
-    rate: float = 1e-3,
+    rate: float = 2e-4,
     penalty: float = 0.0,
     layers: str | None = None,
     exclude: str | None = None,
@@ -78,6 +79,7 @@ def mask(
     Args:
         size: `AxB` entries of the two sides of each layer, or `K` of its flat gradient.
         scope: `block`, a mask for each layer; or `all`, one of K entries for all layers together.
+        target: whose gradients: of the `loss`, or for TRAK of the `margin`.
         queries: what to agree on, examples like the data's; by default the sampled rows themselves.
         sample: training rows, drawn by the seed. A quarter of them only judge.
         penalty: lambda, the weight of the number of entries; 0 tunes it to leave as many as are asked for.
@@ -103,8 +105,9 @@ def mask(
         raise SpecError("max_length belongs to the task that was passed: CausalLM(tokenizer, max_length=…)")
     how = Search(sizes=sizes, penalty=penalty, steps=steps, rate=rate)
     setting = Setting(
-        compress="id", layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul, seed=seed
-    )
+        compress="id", layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul, seed=seed,
+        target=target,
+    )  # fmt: skip
     asked = [] if queries is None else read_queries(queries, task)[0]
     with tempfile.TemporaryDirectory() as folder:
         listed = catalogue(data, Store(folder), task=task, limit=limit, keep="text", progress=progress)
@@ -216,11 +219,20 @@ class _Learning:
 
     def _passes(self) -> list[tuple[Passes, list[Item], Any]]:
         first, second = self.passes, self.asked
-        found: list[tuple[Passes, list[Item], Any]] = [(first, self.candidates, first.loss)]
+        task, model = first.task, first.model
+        objective, measure = task.loss, task.measure
+        if self.target == "margin" and isinstance(task, Margins):
+            objective = measure = task.margin
+        found: list[tuple[Passes, list[Item], Any]] = [
+            (first, self.candidates, lambda inputs, items: objective(model, inputs))
+        ]
         if second is not None:
-            task, model = second.task, second.model
-            found.append((second, self.queries, lambda inputs, items: task.measure(model, inputs)))
+            found.append((second, self.queries, lambda inputs, items: measure(model, inputs)))
         return found
+
+    @property
+    def target(self) -> str:
+        return self.attached.collector.target
 
 
 class _Keeper:
@@ -352,7 +364,7 @@ def _spec(attached: Attached, listed: Catalog, learning: _Learning, asked: Seque
     layout = [{"block": b.name, "kind": b.kind, "in": b.in_width, "out": b.out_width} for b in learning.blocks]
     how = learning.how
     return {
-        **identity, "layout": layout, "data": listed.digest,
+        **identity, "target": learning.target, "layout": layout, "data": listed.digest,
         "size": "x".join(map(str, how.sizes)), "scope": learning.scope, "sample": len(learning.passes.rows),
         "queries": digest([each for _, each in ids_and_hashes(asked)]) if asked else None,
         "search": {

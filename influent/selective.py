@@ -25,7 +25,7 @@ from influent.rng import Stream
 DEVIATION = 0.01  # of the first S: N(0, 1e-4)
 HELD = 4  # one row (and query) of so many is held out
 CHECKS = 20  # times that the held-out agreement is looked at, at most
-PATIENCE = 6  # checks without a better one, after which the search stops
+PATIENCE = 12  # checks without a better one, after which the search stops
 RANDOM_MASKS = 5  # whose mean agreement must be beaten
 LEAST_ROWS = 16
 PATH = 0.7  # share of the steps after which a tuned lambda has k entries above 1/2
@@ -49,7 +49,7 @@ class Search:
     sizes: tuple[int, ...]
     penalty: float = 0.0
     steps: int = 200
-    rate: float = 1e-3
+    rate: float = 2e-4
     batch: int = 32
     warmth: tuple[float, float] = (0.01, 0.0005)
 

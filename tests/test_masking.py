@@ -204,6 +204,23 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         influent.mask(net(), examples(), str(tmp_path / "m"), size="4x2", **QUICK)
 
 
+def test_a_mask_over_all_layers_serves_rows_that_are_keyed_by_all(tmp_path):
+    """TRAK: learned from gradients of the margin, kept entries of the concatenation, end to end."""
+    mask, made = str(tmp_path / "m"), {"task": Classification(), "method": "trak"}
+    influent.mask(net(), examples(), mask, size="40", scope="all", target="margin", **QUICK)
+    assert Artifact.open(Store(mask), "mask").spec["target"] == "margin"
+    influent.index(net(), examples(), str(tmp_path / "kept"), compress=f"select:{mask}", **made)
+    influent.index(net(), examples(), str(tmp_path / "whole"), compress="id", **made)
+    kept, first, entries = kept_of(mask), 0, []
+    for block, width in (("0", 9 * 12), ("2", 13 * 4)):
+        entries.append(kept[block]["flat"] + first)
+        first += width
+    whole, rows = rows_of(tmp_path / "whole", "all"), rows_of(tmp_path / "kept", "all")
+    torch.testing.assert_close(rows, whole[:, torch.cat(entries)], rtol=1e-5, atol=1e-7)
+    with pytest.raises(SpecError, match="target is 'loss2'"):
+        influent.mask(net(), examples(), str(tmp_path / "n"), size="40", target="loss2", **QUICK)
+
+
 def test_neither_memory_nor_batches_change_a_mask(learned, tmp_path, monkeypatch):
     _, documents = learned
     monkeypatch.setattr(masking, "in_groups", lambda blocks, size, most: iter([[block] for block in blocks]))

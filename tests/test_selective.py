@@ -109,7 +109,7 @@ def test_the_entries_that_matter_are_found_and_the_search_is_repeatable():
 def test_a_flat_mask_and_queries_of_their_own():
     a, d, inner, outer = informative(240)
     g = whole(a, d).flatten(1)
-    found = search(Formed(g, (24 * 12,)), Search(sizes=(48,), steps=100), seed=0, block="x", queries=80)
+    found = search(Formed(g, (24 * 12,)), Search(sizes=(48,), steps=100, rate=1e-3), seed=0, block="x", queries=80)
     (kept,) = found.kept
     strong = (inner[:, None] & outer).flatten()
     assert len(kept) == 48 and strong[kept].float().mean() > 0.5
