@@ -9,6 +9,10 @@ The pipeline, stage by stage (each talks to the next only through a directory on
     self_influence(out)         outliers, wrong labels and planted rows first
     value(out, target=…)        what rows and providers are worth to a target, with intervals and payments
     mask(model, data, file)     which gradient entries to keep, learned; `select:FILE` is the compressor
+    select(out, target=…)       the rows that serve a target best, as a data set
+    distill(out, target=…, …)   a small model that learns to value rows as the gradients do
+    appraise(student, data)     what an offer is worth, by it: no large model, no gradient
+    reveal(…), audit(…)         a provider's own scores, committed to, checked on rows that it did not choose
     info(out), verify(out)      what an index holds; whether every byte is as it was written
     evaluate(out, truth=…, …)   the scores, and those of other tools, judged by what retraining does
 
@@ -20,8 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from influent.appending import append as append
+    from influent.appraising import appraise as appraise
+    from influent.auditing import audit as audit
+    from influent.auditing import reveal as reveal
     from influent.compress import Compress as Compress
     from influent.curvature import Damping as Damping
+    from influent.distilling import distill as distill
     from influent.evaluating import evaluate as evaluate
     from influent.masking import mask as mask
     from influent.methods import METHODS as METHODS
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from influent.methods import verify as verify
     from influent.querying import query as query
     from influent.rowstore import Index as Index
+    from influent.selecting import select as select
     from influent.task import CausalLM as CausalLM
     from influent.task import Classification as Classification
     from influent.task import Task as Task
@@ -47,6 +56,10 @@ _HOMES = {
     "task": ("CausalLM", "Classification", "Task"),
     "compress": ("Compress",),
     "curvature": ("Damping",),
+    "appraising": ("appraise",),
+    "auditing": ("audit", "reveal"),
+    "distilling": ("distill",),
+    "selecting": ("select",),
     "valuing": ("value",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

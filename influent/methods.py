@@ -7,6 +7,7 @@ imported, so that a mistake in it is told at once. Not here: what any of the sta
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from influent import catalog as catalogs
 from influent import ensemble as ensembles
 from influent import rowstore
+from influent.artifact import Artifact
 from influent.catalog import Catalog
 from influent.choosing import check_fit, choose_curvature, method_facts
 from influent.codec import Codec
@@ -314,8 +316,20 @@ def info(index: str) -> dict[str, Any]:
 
 
 def verify(index: str) -> dict[str, Any]:
-    """Check every committed byte: `{"ok", "errors": [one line each]}`."""
-    return ensembles.verify(index)
+    """Check every committed byte of an index (or student, or scores): `{"ok", "errors": [one line each]}`."""
+    kind = _kind(Store(index))
+    if kind not in ("student", "labels", "scores"):
+        return ensembles.verify(index)
+    errors = Artifact.open(Store(index), kind).verify()
+    return {"ok": not errors, "errors": errors}
+
+
+def _kind(store: Store) -> str:
+    """What a directory holds, as far as it says; an index where it does not: its own check says what is wrong."""
+    try:
+        return str(json.loads(store.get("manifest.json"))["kind"]) if store.exists("manifest.json") else "index"
+    except (ValueError, KeyError, TypeError):
+        return "index"
 
 
 def catalogue(

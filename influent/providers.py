@@ -52,12 +52,12 @@ class Overlap:
     """Copies among rows, by exact content and by near similarity, and queries found in rows.
 
     `exact` and `near` give each row's first copy (itself if none), [N] int64; `leaks` the queries of each row that
-    contains any.
+    contains any, None when the queries are not known.
     """
 
     exact: np.ndarray
     near: np.ndarray
-    leaks: dict[int, list[int]]
+    leaks: dict[int, list[int]] | None
 
 
 def overlap(
@@ -73,7 +73,7 @@ def overlap(
             found[row] = inside
         if progress is not None and row % 256 == 0:
             progress("copies", row, len(hashes))
-    return Overlap(exact, np.minimum(exact, sketches.clusters()), found)
+    return Overlap(exact, np.minimum(exact, sketches.clusters()), found if queries else None)
 
 
 def count_copies(first: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +167,7 @@ def report(
 
 
 def _leaks(found: Overlap | None, rows: np.ndarray) -> dict[str, int] | None:
-    if found is None:
+    if found is None or found.leaks is None:
         return None
     inside = [found.leaks[row] for row in rows.tolist() if row in found.leaks]
     return {"rows": len(inside), "queries": len({query for queries in inside for query in queries})}

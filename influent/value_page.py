@@ -19,6 +19,7 @@ Doc = Mapping[str, Any]
 INTERVALS = {
     "queries": "the choice of queries: these very rows, other queries like these",
     "delivery": "the choice of queries and rows: what this provider would deliver next",
+    "unlabelled": "the pooled error of one score: some providers have no labelled row, their means are the student's",
     "labels": "the rows that were not labelled: these very rows, these very queries",
     "labels and queries": "the rows that were not labelled and the choice of queries",
 }
@@ -77,6 +78,74 @@ def print_value(doc: Doc, console: Console) -> None:
     console.print()
     say(f"value: {method['unit']}; positive = training on it lowered the queries' loss")
     say(CAUTION)
+
+
+def print_selection(card: Doc, console: Console) -> None:
+    """A few lines about a data set that was selected; its card has the rest."""
+    from rich.text import Text
+
+    shares = ", ".join(f"{_line(name)} {count:,}" for name, count in card["providers"].items())
+    for line in (
+        f"{card['rows']:,} of {card['of']:,} rows, {card['tokens']:,} target tokens, in {card['file']}",
+        f"mean value {card['value']:+.4g}, of all rows {card['value_of_all']:+.4g} ({card['method']['unit']})",
+        f"below zero {card['below_zero']:,}; exact copies left out {card['copies_left_out']:,}; "
+        f"rows that contain a query {card['leaks']:,}",
+        f"by provider: {_clip(shares, 400)}",
+        f"how it was chosen: {card['file']}.card.md",
+    ):
+        console.print(Text(line))
+
+
+def print_student(doc: Doc, console: Console) -> None:
+    """The ladder, what was kept of it, and from how many rows on it pays."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    f = doc["fidelity"]
+    console.print(Text(f"{doc['student']}: fitted to {f['labels'] - f['held']:,} labels, measured on {f['held']:,}"))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("rung", "held-out Spearman", "recall of best 5 %", "left-out Spearman", "ms a row"):
+        table.add_column(name, justify="left" if name == "rung" else "right")
+    for rung in doc["rungs"]:
+        kept = " (kept)" if rung["rung"] == doc["rung"] else ""
+        table.add_row(
+            f"{rung['rung']}{kept}", f"{rung['spearman']:.2f}", f"{rung['recall']:.2f}", f"{rung['left_out']:.2f}",
+            f"{1000 * rung['seconds_a_row']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    cost = doc["cost"]
+    if cost is not None:
+        pays = cost["break_even_rows"]
+        console.print(Text(
+            f"labelling a row costs {cost['ratio']:.3g} x scoring it with the small model"
+            + (f": with its labels a student pays from {pays:,} rows on" if pays else "")
+        ))  # fmt: skip
+    verdict = "good enough to price by" if doc["priced"] else "too low to price by: more labels or a larger student"
+    console.print(Text(f"held-out Spearman {f['spearman']:.2f}: {verdict}"))
+
+
+def print_revealed(doc: Doc, console: Console) -> None:
+    """One line about an answer to an audit."""
+    from rich.text import Text
+
+    console.print(Text(f"{len(doc['rows'])} rows in {doc['out']}, drawn from root {doc['root'][:16]}… by its seed"))
+
+
+def print_audit(doc: Doc, console: Console) -> None:
+    """`ok`, or every problem on a line of its own; then the providers, if the revealed rows have labels."""
+    from rich.text import Text
+
+    for problem in doc["errors"]:
+        console.print(Text(problem))
+    count = len(doc["errors"])
+    sound = f"ok: {len(doc['revealed'])} of {doc['rows']:,} rows are what was committed"
+    console.print(Text(sound if doc["ok"] else f"{count} problem{'s' * (count > 1)}"))
+    for p in doc["providers"] or ():
+        reach = f"{_number(p['low'])} to {_number(p['high'])}"
+        console.print(
+            Text(f"{_line(p['provider'])}: {_number(p['value'])} ({reach}), {p['audited']} of {p['rows']:,} audited")
+        )
 
 
 def _notes(doc: Doc) -> list[str]:

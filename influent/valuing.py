@@ -106,7 +106,7 @@ def value(
     )  # fmt: skip
     beside = None
     if asked is not None and diversity:
-        beside = _beside(opened, groups, _directions(queries, normalize), normalize, diversity, progress)
+        beside = _beside(opened, groups, direction(queries, normalize), normalize, diversity, progress)
     payments = settling.settle(
         document, budget=purse, costs=asked, refused=refuse(queries=len(wanted)), marginal=beside
     )
@@ -116,7 +116,7 @@ def value(
         "providers": document,
         "payments": payments,
         "rows": _rows(opened, each, rows),
-        "method": facts(opened, normalize, interval),
+        "method": {**facts(opened, normalize), "interval": interval},
         "fidelity": None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -141,13 +141,12 @@ def write_values(catalog: Catalog, values: np.ndarray, path: str) -> None:
     write_file(path, sink.getvalue())
 
 
-def facts(index: Index, normalize: str, interval: str) -> dict[str, Any]:
+def facts(index: Index, normalize: str) -> dict[str, Any]:
     """What a value rests on: it ages with the model, so the model is named."""
     return {
         "method": "linfik",
         "normalize": normalize,
         "unit": UNITS[normalize],
-        "interval": interval,
         "model": index.spec["model"]["fingerprint"],
         "index": index.digest,
         "compress": index.spec["compress"],
@@ -175,7 +174,7 @@ def _check(normalize: str, interval: str, diversity: float, costs: str | None, b
         raise SpecError("diversity is for a purchase at asked prices: give --costs as well")
 
 
-def _directions(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]:
+def direction(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]:
     """One query, block -> [1, K], whose product with a row (of unit length under cosine) is the row's value."""
     weights = torch.ones(len(next(iter(queries.values()))), dtype=torch.float64)
     if normalize == "cosine":
@@ -187,7 +186,7 @@ def _directions(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]
 def _beside(
     index: Index,
     groups: Groups,
-    direction: dict[str, Tensor],
+    asked: dict[str, Tensor],
     normalize: str,
     diversity: float,
     progress: Progress | None,
@@ -200,7 +199,7 @@ def _beside(
         lengths = rowsums.lengths(index)
         weights *= torch.where(lengths > 0, 1 / lengths, 0.0)
     sums = rowsums.weighted(index, weights, progress=progress)
-    own = sum((total.double() @ direction[key][0].double() for key, total in sums.items()), torch.zeros(()))
+    own = sum((total.double() @ asked[key][0].double() for key, total in sums.items()), torch.zeros(()))
     gram = sum((total.double() @ total.double().T for total in sums.values()), torch.zeros(()))
     place = {name: g for g, name in enumerate(groups.names)}
 

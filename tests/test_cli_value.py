@@ -23,6 +23,16 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*VALUE, "--out", "x.txt"], "--out: expected a file name ending in .parquet or .csv"),
     ([*VALUE, "--html", "x.txt"], "--html: expected a file name ending in .html"),
     ([*VALUE, "--values", "x.txt"], "--values: expected a file name ending in .npy"),
+    (["select", *VALUE[1:], "-o", "x.jsonl"], "give --budget (rows, or a share such as 10%) or --tokens"),
+    (["distill", *VALUE[1:], "--student", "empty", "-o", "s"], "empty: config.json is missing"),
+    (["distill", *VALUE[1:], "--student", "model", "-o", "s", "--rung", "gpt"], "--rung: expected auto, bm25"),
+    (["appraise", "index", "data.jsonl", "--commit"], "--commit is to scores that are kept"),
+    (["reveal", "nowhere", "--seed", "x", "--count", "3", "-o", "r.jsonl"], "nowhere: no such"),
+    (["reveal", "index", "--seed", "x", "--count", "3", "-o", "r.jsonl"], "index: nothing is committed there"),
+    (["audit", "nowhere", "r.jsonl", "--seed", "x", "--count", "3"], "nowhere: no such"),
+    (["appraise", "nowhere", "data.jsonl"], "nowhere: no such"),
+    (["appraise", "index", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["appraise", "index", "data.jsonl"], "expected a directory of kind 'student', got 'index'"),
 ]
 
 
@@ -45,7 +55,7 @@ def test_a_mistake_is_one_line(
 def test_a_verb_is_the_function_of_the_same_name(verb: str) -> None:
     options = inspect.signature(getattr(cli_value, verb)).parameters
     parameters = inspect.signature(getattr(influent, verb)).parameters
-    printed = {"json", "html"} | ({"out"} if "out" not in parameters else set())
+    printed = {"json", "html", "table"} | ({"out"} if "out" not in parameters else set())
     ours = {name: p.default for name, p in options.items() if name not in printed}
     theirs = {name: p.default for name, p in parameters.items() if name not in ("task", "progress")}
     assert ours == theirs

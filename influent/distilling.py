@@ -1,0 +1,260 @@
+"""The verb `distill`: ALinFiK, a small model that learns to value rows as the owner's gradients do.
+
+Rows of the index are drawn by provider and labelled with their LinFiK; a ladder of students is fitted to four fifths
+of them and each is measured on the rest. The one whose left-out predictions rank best is kept; its fidelity is what it
+reaches on the held-out fifth, which took no part in the choice. One head for one target: a single one for mixed tasks
+fails. What is public of ALinFiK (Pan et al., NAACL 2025) is an abstract; this is our reading. Not here: features
+(features.py, lexical.py), regression (ridge.py), what a student is on disk (student.py).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from influent import metrics, providers, score
+from influent import student as students
+from influent import target as targets
+from influent.attach import Run
+from influent.catalog import Catalog
+from influent.errors import DataError, SpecError
+from influent.features import Features, Words, load_encoder, load_lm
+from influent.lexical import Bm25, TfIdf
+from influent.loading import noted_path
+from influent.payments import MIN_FIDELITY, MIN_LABELS
+from influent.progress import Progress
+from influent.reduce import Pick
+from influent.ridge import CALIBRATIONS, fit
+from influent.rng import Stream
+from influent.rowstore import Index
+from influent.storage import Store
+from influent.student import Head, Labels
+from influent.target import Target
+from influent.task import Encodes, Task
+from influent.valuing import FORMS
+
+RUNGS = ("bm25", "tfidf", "encoder", "lm")
+LEAST = 20  # labels of each provider, as far as it has rows
+HELD = 0.2
+BEST = 0.05  # recall is of the best 5 %
+BATCH = 256  # rows whose features are made together
+
+
+def distill(
+    index: str,
+    *,
+    target: Any,
+    student: str,
+    out: str,
+    labels: int | None = None,
+    rung: str = "auto",
+    encoder: str | None = None,
+    by: str = "provider",
+    normalize: str = "cosine",
+    calibration: str = "linear",
+    embed_model: bool = False,
+    seed: int = 0,
+    model: str | nn.Module | None = None,
+    token_budget: int = 4096,
+    device: str | None = None,
+    task: Task | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Distil the value of rows for a target into a small model, and say how well it does.
+
+    Args:
+        target: a file or sequence of records: what the model should do better.
+        student: the small causal language model, a folder or hub name.
+        labels: how many rows of the index to label, at least 20 a provider; all of them by default.
+        rung: `bm25`, `tfidf`, `encoder` or `lm`; `auto` keeps the one whose left-out predictions rank best.
+        encoder: a sentence encoder, for the rung of that name.
+        calibration: `linear` or `isotonic`: how scores become values of the owner's unit.
+        embed_model: put the small model into the student.
+
+    Returns:
+        The document of docs/schemas/distill.json.
+
+    Raises:
+        SpecError, DataError, MismatchError, NumericsError: as their classes say.
+    """
+    asked = _asked(rung, encoder, normalize, calibration, task)
+    opened, wanted = Index.open(index), targets.read(target, task)
+    groups = providers.groups_of(opened.catalog.fields("provider", "source"), by)
+    chosen, held = split(groups.labels, labels, seed=seed)
+    queries = targets.gradients(
+        opened, wanted, model=model, task=task, run=Run(token_budget=token_budget, device=device), progress=progress
+    )
+    scores = score.score(
+        opened, queries, {"each": Pick(torch.from_numpy(chosen))}, normalize=normalize, progress=progress
+    )
+    values = scores["each"].double().numpy().T  # [n, Q]
+    if held.sum() < 3 or (~held).sum() < 3:
+        raise DataError(f"{index}: {len(chosen)} rows are too few to fit a student and to measure it: index more")
+    rows = _contents(opened.catalog, chosen)
+    made: dict[str, _Rung] = {}
+    for name in asked:
+        features = _features(name, student, encoder, rows, wanted, held, token_budget, device)
+        made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, progress)
+    kept = max(made, key=lambda name: made[name].left_out)
+    store, best = Store(out), made[kept]
+    spec = {
+        "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
+        "queries": len(wanted), "normalize": normalize, "by": by, "rung": kept, "calibration": calibration,
+        "labels": len(chosen), "held": int(held.sum()), "seed": seed,
+    }  # fmt: skip
+    path = student if kept == "lm" else encoder
+    files = students.copy_model(path, store) if embed_model and path is not None and kept in ("lm", "encoder") else []
+    fidelity = {
+        "spearman": best.spearman, "recall": best.recall, "labels": len(chosen), "held": int(held.sum()),
+    }  # fmt: skip
+    document = {
+        "student": out, "rung": kept, "rungs": [rung.document(name) for name, rung in made.items()],
+        "fidelity": fidelity, "priced": best.spearman >= MIN_FIDELITY, "target": wanted.facts(target),
+        "labels": {name: int(n) for name, n in zip(groups.names, np.bincount(groups.labels[chosen],
+                   minlength=len(groups.names)), strict=True)},
+        "cost": _cost(opened, made.get("lm"), len(chosen)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    notes = {"model": None if path is None or files else noted_path(path), "target": wanted.facts(target)["file"]}
+    summary = {name: document[name] for name in ("fidelity", "rungs", "labels", "target", "date")}
+    saved = students.save(store, spec, best.features, best.head, summary=summary, notes=notes, files=files)
+    every = [row["hash"] or "" for row in opened.catalog.fields("hash")]
+    hashes = [every[row] for row in chosen.tolist()]
+    students.save_labels(store, saved, Labels(hashes, values, held))
+    return {**document, "digest": saved}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rung:
+    """One rung of the ladder: its head, and how it did."""
+
+    features: Features
+    head: Head
+    left_out: float  # Spearman of leave-one-out predictions, by which the rung is chosen
+    spearman: float  # with the held-out labels
+    recall: float  # of the best 5 % of the held-out labels among as many best scores
+    seconds: float  # of a row's features
+
+    def document(self, name: str) -> dict[str, Any]:
+        return {
+            "rung": name, "spearman": self.spearman, "recall": self.recall, "left_out": self.left_out,
+            "seconds_a_row": self.seconds,
+        }  # fmt: skip
+
+
+def split(labels: np.ndarray, wanted: int | None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to label [n], ascending; which of them are held out [n] bool), drawn within each group.
+
+    A group gets its share of `wanted`, at least 20 rows as far as it has them; of these a fifth is held out, and five
+    at least where there are ten.
+    """
+    chosen, held = [], []
+    for group in range(int(labels.max()) + 1):
+        rows = np.flatnonzero(labels == group)
+        order = rows[Stream(seed, "distill", "labels", f"group/{group}").permutation(len(rows))]
+        share = len(rows) if wanted is None else ceil(wanted * len(rows) / len(labels))
+        take = min(len(rows), max(LEAST, share))
+        out = max(round(HELD * take), min(MIN_LABELS, take // 2))
+        chosen.append(order[:take])
+        held.append(np.arange(take) < out)
+    rows, flags = np.concatenate(chosen), np.concatenate(held)
+    order = np.argsort(rows)
+    return rows[order], flags[order]
+
+
+def _cost(index: Index, small: _Rung | None, labels: int) -> dict[str, Any] | None:
+    """What labelling a row costs beside scoring it, by arithmetic: two passes of the large model (forward, and backward
+    without weight gradients) for one of the small one; and from how many rows on a student pays for its labels."""
+    coverage = index.summary.get("coverage")
+    if small is None or not coverage:
+        return None
+    tracked = sum(block["in"] * block["out"] for block in index.spec["layout"] if block["kind"] != "norm")
+    large, little = round(tracked / coverage), small.features.facts["parameters"]
+    ratio = 2 * large / little
+    return {
+        "teacher_parameters": large, "student_parameters": little, "ratio": ratio,
+        "break_even_rows": ceil(labels * ratio / (ratio - 1)) if ratio > 1 else None,
+    }  # fmt: skip
+
+
+def _rung(
+    features: Features,
+    rows: Sequence[Mapping[str, Any]],
+    y: np.ndarray,
+    held: np.ndarray,
+    calibration: str,
+    progress: Progress | None,
+) -> _Rung:
+    kind = features.facts["kind"]
+    start, parts = time.process_time(), []
+    for lo in range(0, len(rows), BATCH):
+        parts.append(features(rows[lo : lo + BATCH])[0])
+        if progress is not None:
+            progress(f"features: {kind}", min(lo + BATCH, len(rows)), len(rows))
+    seconds = (time.process_time() - start) / len(rows)
+    x = np.concatenate(parts)
+    ridge, left_out = fit(x[~held], y[~held], standardise=kind != "tfidf")
+    head = Head(ridge, CALIBRATIONS[calibration](left_out, y[~held]))
+    scores, truth = head(x[held]), y[held]
+    best = truth >= np.sort(truth)[-max(1, round(BEST * len(truth)))]
+    return _Rung(
+        features, head, float(metrics.spearman(left_out, y[~held])), float(metrics.spearman(scores, truth)),
+        metrics.recall_at(scores, best, int(best.sum())) if not best.all() else 1.0, seconds,
+    )  # fmt: skip
+
+
+def _features(
+    name: str,
+    small: str,
+    encoder: str | None,
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Target,
+    held: np.ndarray,
+    token_budget: int,
+    device: str | None,
+) -> Features:
+    if name == "lm":
+        return load_lm(small, token_budget=token_budget, device=device)
+    if name == "encoder" and encoder is not None:
+        return load_encoder(encoder, token_budget=token_budget, device=device)
+    seen = [text for text, out in zip(_texts(rows), held, strict=True) if not out]
+    return Words(name, TfIdf.fit(seen) if name == "tfidf" else Bm25.fit(seen, wanted.texts))
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    from influent.records import display_text
+
+    return [display_text(dict(row)) for row in rows]
+
+
+def _contents(catalog: Catalog, chosen: np.ndarray, block: int = 4096) -> list[dict[str, Any]]:
+    """The contents of some rows, in their order, a block of the catalog at a time."""
+    found: list[dict[str, Any]] = []
+    for lo in range(0, catalog.n, block):
+        here = chosen[(chosen >= lo) & (chosen < lo + block)]
+        if len(here):
+            contents = catalog.examples(int(here[0]), int(here[-1]) + 1)
+            found += [contents[row - here[0]] for row in here.tolist()]
+    return found
+
+
+def _asked(rung: str, encoder: str | None, normalize: str, calibration: str, task: Task | None) -> list[str]:
+    """The rungs to climb."""
+    if task is not None and not isinstance(task, Encodes):
+        raise SpecError("a student reads texts: this task has none")
+    for name, value, allowed in (
+        ("rung", rung, ("auto", *RUNGS)),
+        ("normalize", normalize, FORMS),
+        ("calibration", calibration, tuple(CALIBRATIONS)),
+    ):
+        if value not in allowed:
+            raise SpecError(f"{name} is {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
+    if rung == "encoder" and encoder is None:
+        raise SpecError("the rung encoder needs --encoder, a sentence encoder's folder")
+    return [name for name in RUNGS if name == rung or (rung == "auto" and (name != "encoder" or encoder))]

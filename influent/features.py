@@ -1,0 +1,202 @@
+"""Features of a row from one forward pass of a small model: what a student knows of it.
+
+`lm`: of a causal language model, the mean hidden state over the row and over its target tokens, the mean readout
+residual W^T (p - onehot) over them (the gradient of the loss by the last hidden state), the loss and the lengths.
+`encoder`: of a sentence encoder, the mean of its last hidden states. No gradient is taken. Not here: what is made of
+the features (student.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from influent import loading
+from influent.collect import pack
+from influent.errors import SpecError
+from influent.layers import device_of
+from influent.lexical import Bm25, TfIdf
+from influent.records import display_text
+from influent.task import CausalLM, Part, describe
+
+Content = Mapping[str, Any]
+MAX_LENGTH = 512
+PIECE = 1 << 20  # logits worked on at once for the readout residual
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Rows to numbers. `facts` and `tensors` are what a student stores of it."""
+
+    facts: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+    def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [n, D] float32 and target tokens [n] of some rows."""
+        ...
+
+
+class Words:
+    """Features of words: `tfidf` or `bm25`; their tokens are words."""
+
+    def __init__(self, kind: str, made: TfIdf | Bm25) -> None:
+        self.facts: dict[str, Any] = {"kind": kind}
+        self.made = made
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        if isinstance(self.made, TfIdf):
+            return {"idf": torch.from_numpy(self.made.idf)}
+        return {
+            "codes": torch.from_numpy(self.made.codes),
+            "weights": torch.from_numpy(self.made.weights),
+            "length": torch.tensor([self.made.mean_length], dtype=torch.float64),
+        }
+
+    @staticmethod
+    def restore(kind: str, tensors: Mapping[str, Tensor]) -> "Words":
+        if kind == "tfidf":
+            return Words(kind, TfIdf(tensors["idf"].numpy()))
+        return Words(kind, Bm25(tensors["codes"].numpy(), tensors["weights"].numpy(), float(tensors["length"])))
+
+    def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [display_text(dict(row)) for row in rows]
+        return self.made(texts), np.array([float(len(text.split())) for text in texts])
+
+
+class LanguageModel:
+    """Features of a causal language model, frozen."""
+
+    def __init__(self, model: nn.Module, task: CausalLM, *, token_budget: int = 4096) -> None:
+        self.model, self.task, self.token_budget = model, task, token_budget
+        self.facts: dict[str, Any] = {
+            "kind": "lm",
+            "model": loading.fingerprint(model),
+            "config": loading.config_facts(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "max_length": task.max_length,
+            "task": describe(task),
+        }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
+        """A row of several parts has the means over all of them; one without a target token has zeros."""
+        queue = [(i, part) for i, row in enumerate(rows) for part in self.task.parts(row)]
+        sums: Tensor | None = None
+        counts = torch.zeros(len(rows), 2, dtype=torch.float64)  # tokens, target tokens
+        for batch in pack(queue, self.token_budget):
+            where = torch.tensor([i for i, _ in batch])
+            found = self._batch([part for _, part in batch]).double().cpu()
+            if sums is None:
+                sums = torch.zeros(len(rows), found.shape[1], dtype=torch.float64)
+            sums.index_add_(0, where, found)
+            counts.index_add_(0, where, torch.tensor([[part.length, part.targets] for _, part in batch]).double())
+        if sums is None:
+            raise SpecError("none of these rows has a token to predict")
+        width = (sums.shape[1] - 1) // 3
+        tokens, targets = counts[:, :1].clamp(min=1), counts[:, 1:].clamp(min=1)
+        means = [sums[:, :width] / tokens, sums[:, width : 3 * width] / targets, sums[:, -1:] / targets]
+        lengths = [sums[:, -1:].clamp(min=0).log1p(), counts[:, :1].log1p(), counts[:, 1:].log1p()]
+        return torch.cat([*means, *lengths], dim=1).float().numpy(), counts[:, 1].numpy()
+
+    def _batch(self, parts: Sequence[Part]) -> Float[Tensor, "B F"]:
+        """Sums over each part's positions: hidden states, those at targets, residuals, and the loss."""
+        device = device_of(self.model)
+        inputs = self.task.collate(parts)
+        ids, labels = inputs["input_ids"].to(device), inputs["labels"].to(device)
+        out = self.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        hidden, logits = out.hidden_states[-1].float(), out.logits  # [B, T, H], [B, T, V]
+        inside = torch.arange(ids.shape[1], device=device) < torch.tensor(
+            [[part.length] for part in parts], device=device
+        )
+        at = labels[:, 1:] != -100  # the positions before a target, whose output predicts it
+        before = nn.functional.pad(at, (0, 1))
+        over_row = (hidden * inside.unsqueeze(-1)).sum(1)
+        over_targets = (hidden * before.unsqueeze(-1)).sum(1)
+        residual, loss = self._readout(logits, before, labels)
+        return torch.cat([over_row, over_targets, residual, loss.unsqueeze(1)], dim=1)
+
+    def _readout(self, logits: Tensor, before: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over a row's targets of W^T (p - onehot) [B, H], and of the loss [B]."""
+        head = cast(Any, self.model).get_output_embeddings().weight.float()  # [V, H]
+        rows, places = before.nonzero(as_tuple=True)
+        wanted = labels[rows, places + 1]
+        residual = logits.new_zeros(len(logits), head.shape[1], dtype=torch.float32)
+        loss = residual.new_zeros(len(logits))
+        step = max(1, PIECE // logits.shape[-1])
+        for lo in range(0, len(rows), step):
+            part = slice(lo, lo + step)
+            picked = logits[rows[part], places[part]].float()  # [m, V]
+            logp = picked.log_softmax(-1)
+            loss.index_add_(0, rows[part], -logp.gather(1, wanted[part].unsqueeze(1)).squeeze(1))
+            p = logp.exp_()
+            p[torch.arange(len(p), device=p.device), wanted[part]] -= 1
+            residual.index_add_(0, rows[part], p @ head)
+        return residual, loss
+
+
+class Encoder:
+    """Features of a sentence encoder: the mean of its last hidden states over the text's tokens."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int, *, token_budget: int = 4096) -> None:
+        self.model, self.tokenizer, self.max_length, self.token_budget = model, tokenizer, max_length, token_budget
+        self.facts: dict[str, Any] = {
+            "kind": "encoder", "model": loading.fingerprint(model), "max_length": max_length,
+            "tokenizer": len(tokenizer),
+        }  # fmt: skip
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [
+            self.tokenizer(display_text(dict(row)), truncation=True, max_length=self.max_length)["input_ids"]
+            for row in rows
+        ]
+        queue = [(i, Part(tokens, len(tokens), len(tokens))) for i, tokens in enumerate(ids) if tokens]
+        device, out = device_of(self.model), None
+        for batch in pack(queue, self.token_budget):
+            longest = batch[0][1].length
+            padded, seen = torch.zeros(2, len(batch), longest, dtype=torch.int64)
+            for row, (_, part) in enumerate(batch):
+                padded[row, : part.length], seen[row, : part.length] = torch.tensor(part.inputs), 1
+            states = self.model(input_ids=padded.to(device), attention_mask=seen.to(device)).last_hidden_state.float()
+            weight = seen.to(device).unsqueeze(-1)
+            means = (states * weight).sum(1) / weight.sum(1)
+            out = torch.zeros(len(rows), means.shape[1]) if out is None else out
+            out[[i for i, _ in batch]] = means.cpu()
+        if out is None:
+            raise SpecError("none of these rows has a token")
+        return out.numpy(), np.array([float(len(tokens)) for tokens in ids])
+
+
+def load_lm(path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None) -> LanguageModel:
+    """The small model at a path; rows longer than it reads are cut into parts."""
+    model, tokenizer = loading.load(path, dtype="float32", device=device)
+    longest = min(max_length, loading.context_length(model) or max_length)
+    return LanguageModel(model, CausalLM(tokenizer, max_length=longest), token_budget=token_budget)
+
+
+def load_encoder(path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None) -> Encoder:
+    """A sentence encoder in a Hugging Face folder; SpecError when it cannot be loaded."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModel.from_pretrained(path).to(loading.choose_device(device)).eval()
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise SpecError(f"{path}: cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}") from error
+    longest = min(max_length, loading.context_length(model) or max_length)
+    return Encoder(model, tokenizer, longest, token_budget=token_budget)
