@@ -82,8 +82,10 @@ def check_curvature(
             _basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping, LOW_RANK)
         )
     kind, _, written = name.partition(":")
-    if kind != "fim":
-        known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", *curvatures.list_fitted(index)])
+    if kind == "datainf" and rule is None:
+        return Choice(kind, _agreed(name, Damping.parse(written) if written else None, None, damping, DEFAULT))
+    if kind not in ("fim", "datainf"):
+        known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", "datainf", *curvatures.list_fitted(index)])
         raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
     if rule is not None:
         raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")

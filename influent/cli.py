@@ -35,7 +35,7 @@ from influent.terminal import print_document, progress_bars
 
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
-METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik", "trak")
+METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik", "trak", "tracin", "datainf")
 
 app = typer.Typer(
     add_completion=False,
@@ -162,7 +162,7 @@ def fit(
     index: IndexPath,
     curvature: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="fim, lowrank:R, sketch:R or identity. Default: the method's own."),
+        typer.Option(metavar="NAME", help="fim, lowrank:R, sketch:R, datainf or identity. Default: the method's own."),
     ] = None,
     damping: FitDamping = None,
     memory: Memory = None,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import datainf
 from .artifact import Artifact, digest, kind_of
 from .damping import Damping as Damping
 from .damping import Published
@@ -90,16 +91,17 @@ def fit(
 ) -> Curvature:
     """Fit a curvature to an index, or find what an earlier fit left.
 
-    `curvature` is `identity`, `fim`, `lowrank:R` or `sketch:R` (alone: R is 512), or the name of a low-rank one fitted
-    to fewer rows. All but identity need a damping; the published rules are for low rank. What costs, the Gram matrices
-    or the eigenvectors, is shared by all dampings. Killed at any point and called again, it goes on with the next
-    block. `memory` bounds, in MiB, what is held of the rows, and results depend on it no more than by rounding.
+    `curvature` is `identity`, `fim`, `datainf`, `lowrank:R` or `sketch:R` (alone: R is 512), or the name of a low-rank
+    one fitted to fewer rows. All but identity need a damping; the published rules are for low rank. What costs, the
+    Gram matrices or the eigenvectors, is shared by all dampings. Killed at any point and called again, it goes on with
+    the next block. `memory` bounds, in MiB, what is held of the rows, and results depend on it no more than by
+    rounding.
     Raises NumericsError, naming the block, for a Fisher matrix that this damping leaves singular, and SpecError for
     names that are not known and a damping that the kept precision does not carry.
     """
     name = parse_name(curvature)
-    if name is None and curvature not in ("fim", "identity"):
-        raise SpecError(f"curvature: expected fim, lowrank:R, sketch:R or identity, got {curvature!r}")
+    if name is None and curvature not in ("fim", "identity", datainf.NAME):
+        raise SpecError(f"curvature: expected fim, lowrank:R, sketch:R, datainf or identity, got {curvature!r}")
     if (damping is None) != (curvature == "identity"):
         raise SpecError(f"curvature {curvature}: all but identity need a damping such as relative:0.1, identity none")
     if memory < 1:
@@ -112,6 +114,8 @@ def fit(
         return Truncated(index, fit_basis(index, name, memory=memory, progress=progress), damping, memory=memory)
     if isinstance(damping, Published):
         raise SpecError(f"parity {damping} is for a low-rank curvature: give --curvature lowrank:R with it")
+    if curvature == datainf.NAME:
+        return datainf.fit_datainf(index, damping, memory=memory, progress=progress)
     grams = write_blocks(
         index, "gram", {"statistic": "gram", "index": index.digest}, _measure(index, memory), progress=progress
     )
@@ -126,7 +130,8 @@ def list_fitted(index: RowSource) -> list[str]:
     One of low rank is fitted without a damping: `lowrank:512`; or `lowrank:512@900` if it has seen only the 900 rows
     that there were before others were appended.
     """
-    return [*sorted(_factored(index)), *sorted(bases(index))]
+    mean = [] if datainf.fitted_lengths(index) is None else [datainf.NAME]
+    return [*sorted(_factored(index)), *sorted(bases(index)), *mean]
 
 
 def find(index: RowSource, name: str) -> Curvature:
@@ -137,6 +142,8 @@ def find(index: RowSource, name: str) -> Curvature:
     """
     if name == Identity.name:
         return Identity(index)
+    if name.partition(":")[0] == datainf.NAME and (mean := datainf.find_datainf(index, name)) is not None:
+        return mean
     wanted = parse_name(name)
     fitted = _factored(index) if wanted is None else bases(index)
     basis = name if wanted is None else wanted.basis

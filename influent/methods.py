@@ -89,6 +89,8 @@ METHODS: dict[str, Method] = {
     "logra": Method("loss", _logra, "fim"),
     "graddot": Method("loss", _factgrass, "identity"),
     "linfik": Method("loss", _factgrass, "identity"),  # as graddot, asked by `value` for the mean over a target
+    "tracin": Method("loss", _factgrass, "identity", members="rates"),
+    "datainf": Method("loss", _factgrass, "datainf"),
     "trak": Method("margin", _flat, "fim", key="all", scale="residual"),
     "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
 }

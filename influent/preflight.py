@@ -84,9 +84,9 @@ def parity(rule: str | None) -> str | None:
 
 def curvature(name: str | None) -> str | None:
     """A curvature's name as far as it can be judged without an index; SpecError for an unknown kind."""
-    kinds = ("fim", "lowrank", "sketch", "identity")
+    kinds = ("fim", "lowrank", "sketch", "datainf", "identity")
     if name is not None and name.partition(":")[0] not in kinds:
-        raise SpecError(f"--curvature: expected fim, lowrank:R, sketch:R or identity, got {name!r}")
+        raise SpecError(f"--curvature: expected fim, lowrank:R, sketch:R, datainf or identity, got {name!r}")
     return name
 
 

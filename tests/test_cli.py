@@ -130,7 +130,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["query", "index", *ASK, "--model", "./nowhere"], "./nowhere: no such model"),
     (["query", "nowhere", *ASK], "nowhere: no such index"),
-    (["fit", "index", "--curvature", "kfac"], "--curvature: expected fim, lowrank:R, sketch:R or identity, got 'kfac'"),
+    (
+        ["fit", "index", "--curvature", "kfac"],
+        "--curvature: expected fim, lowrank:R, sketch:R, datainf or identity, got 'kfac'",
+    ),
     (["self", "index", "--parity", "book"], "--parity: expected paper or release, got 'book'"),
 ]
 

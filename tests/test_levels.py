@@ -21,7 +21,7 @@ LEVELS = [
      "pairs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore",
      "rowwriter",
-     "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole"],
+     "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole", "datainf"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
      "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking",
      "selecting", "distilling", "student", "features", "appraising", "auditing", "offers", "commitments"],

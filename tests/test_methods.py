@@ -16,6 +16,7 @@ from tiny_model import FACTS, make_data, make_model
 from torch import Tensor, nn
 
 import influent
+from influent import cli
 from influent.choosing import check_curvature, choose_curvature
 from influent.curvature import Damping, fit, list_fitted
 from influent.errors import DataError, MismatchError, SpecError
@@ -405,7 +406,11 @@ def test_the_curvature_that_is_meant(bare, fitted, name, damping, expected):
 @pytest.mark.parametrize(
     ("name", "damping", "message"),
     [
-        ("kfac", None, "'kfac' is not known; expected one of identity, fim, lowrank:R, sketch:R, fim:absolute:2"),
+        (
+            "kfac",
+            None,
+            "'kfac' is not known; expected one of identity, fim, lowrank:R, sketch:R, datainf, fim:absolute:2",
+        ),
         ("kfac", "absolute:2", "'kfac' is not known"),
         ("identity:1", None, "'identity:1' is not known"),
         ("identity", "absolute:2", "takes no damping"),
@@ -421,3 +426,12 @@ def test_a_curvature_that_cannot_be_meant_is_refused_without_a_fit(bare, name, d
         fit(bare, damping=Damping.parse(each))
     with pytest.raises(SpecError, match=message):
         check_curvature(bare, name, damping, own="fim")
+
+
+@pytest.mark.parametrize("name", influent.METHODS)
+def test_every_method_has_a_page_a_line_in_the_table_and_a_place_on_the_command_line(name):
+    docs = Path(__file__).parent.parent / "docs" / "methods"
+    page = (docs / f"{name}.md").read_text()
+    assert page.startswith(f"# {name}") and "influent " in page and len(page.split()) < 320
+    assert f"`{name}`" in (docs.parent.parent / "README.md").read_text()
+    assert name in cli.METHODS and set(cli.METHODS) == set(influent.METHODS)
