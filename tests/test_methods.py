@@ -432,6 +432,6 @@ def test_a_curvature_that_cannot_be_meant_is_refused_without_a_fit(bare, name, d
 def test_every_method_has_a_page_a_line_in_the_table_and_a_place_on_the_command_line(name):
     docs = Path(__file__).parent.parent / "docs" / "methods"
     page = (docs / f"{name}.md").read_text()
-    assert page.startswith(f"# {name}") and "influent " in page and len(page.split()) < 320
+    assert page.lower().startswith(f"# {name}") and "influent " in page
     assert f"`{name}`" in (docs.parent.parent / "README.md").read_text()
     assert name in cli.METHODS and set(cli.METHODS) == set(influent.METHODS)
