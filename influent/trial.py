@@ -43,7 +43,6 @@ class Trial:
     def __init__(self, request: Request, progress: Progress | None):
         self.ask, self.progress = request, progress
         self.index = None if request.index is None else Ensemble.open(request.index)
-        self.rows = self._rows()
         self.queries = None if request.queries is None or self._plain else contenders.read_rows(request.queries)
         self.files = self._files()
         self.matrices: dict[str, np.ndarray] = {}
@@ -73,7 +72,9 @@ class Trial:
 
         return self.ask.task is not None and not isinstance(self.ask.task, Encodes)
 
-    def _rows(self) -> Rows | None:
+    @cached_property
+    def rows(self) -> Rows | None:
+        """The training rows as records, read when first needed; None where there are none."""
         if self.ask.data is not None and not self._plain:
             return contenders.read_rows(self.ask.data)
         return None if self.index is None else contenders.indexed_rows(self.index)
@@ -93,7 +94,7 @@ class Trial:
     def num_rows(self) -> int:
         known = [
             *([("the index", self.index.n)] if self.index is not None else []),
-            *([("data", len(self.rows.contents))] if self.rows is not None else []),
+            *([("data", len(self.rows.contents))] if self.ask.data is not None and self.rows is not None else []),
             *((f"scores {name}", matrix.shape[-1]) for name, matrix in self.files.items()),
         ]
         return _agreed("rows", known)

@@ -38,7 +38,8 @@ class Outcome:
             DataError: it is neither, or not one number a query.
             NumericsError: a loss is not finite.
         """
-        loss, said = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        pair = isinstance(returned, tuple) and len(returned) == 2 and np.ndim(returned[0]) > 0
+        loss, said = returned if pair else (returned, None)  # a tuple of two numbers is the losses of two queries
         loss = _numbers(loss, "loss", num_queries, what)
         if not np.isfinite(loss).all():
             query = int((~np.isfinite(loss)).argmax())

@@ -221,6 +221,8 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
         judging.subset_outcomes(Reruns(open_truth(tmp_path / "a", trainer=None), None), 3)
     with pytest.raises(DataError, match="no row is left"):
         Reruns(truth, Regression()).run([Plan("none", 0, np.zeros(N, bool))])
+    assert Outcome.of((0.5, 1.5), 2, "train").loss.tolist() == [0.5, 1.5]
+    assert Outcome.of((torch.ones(2), [3, 4]), 2, "train").said.tolist() == [3, 4]
     for returned, error, words in (
         (np.zeros(Q - 1), DataError, "expected one loss for each of the 5 queries, got ndarray of shape"),
         ("text", DataError, "expected one loss"),
