@@ -18,7 +18,7 @@ LEVELS = [
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
      "ridge", "lexical"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
-     "pairs", "agreement", "digits"],
+     "pairs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore",
      "rowwriter",
      "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole", "datainf"],
