@@ -197,6 +197,9 @@ def query(
     curvature: CurvatureName = None,
     damping: Damping = None,
     parity: Parity = None,
+    mix: Annotated[
+        float | None, typer.Option(metavar="M", help="Share of the queries' own rows in the curvature (fim), e.g. 0.5.")
+    ] = None,
     query_rank: Annotated[
         int | None, typer.Option(metavar="R", min=1, help="Cut preconditioned queries to this rank: faster.")
     ] = None,
@@ -222,7 +225,8 @@ def query(
     with progress_bars() as progress:
         document = influent.query(
             index, prompt=prompt, completion=completion, queries=queries, control=control, k=k, bottom=bottom,
-            normalize=normalize, curvature=curvature, damping=damping, parity=parity, query_rank=query_rank,
+            normalize=normalize, curvature=curvature, damping=damping, parity=parity, mix=mix,
+            query_rank=query_rank,
             memory=memory, model=model, scores=scores, token_budget=token_budget, device=device, progress=progress,
         )  # fmt: skip
     from influent.report import FIELDS, print_query, query_records

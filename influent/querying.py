@@ -19,6 +19,7 @@ from influent.curvature import Curvature
 from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
 from influent.methods import METHODS, own_curvature, scale_of
+from influent.mixing import check_mix
 from influent.progress import Progress
 from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
@@ -47,6 +48,7 @@ def query(
     curvature: str | None = None,
     damping: str | None = None,
     parity: str | None = None,
+    mix: float | None = None,
     query_rank: int | None = None,
     memory: int | None = None,
     model: Checkpoint | Sequence[Checkpoint] | None = None,
@@ -64,6 +66,8 @@ def query(
         control: a file or sequence; the one query is then mean(queries) - mean(control).
         normalize: `none`, `cosine` (divided by both lengths) or `relatif` (by the root of each row's self-influence).
         parity: `paper` or `release`: LoRIF's published damping and tail, and queries cut to the rows' rank as there.
+        mix: the share, above 0 and below 1, of the queries' own rows in the Fisher matrix; what all queries have in
+            common then counts for less.
         query_rank: cut each preconditioned query to this rank in every layer: less work a row, coarser scores.
         memory: MiB for the rows that a fit holds at a time; 256 by default. Results do not depend on it.
         model: what was indexed, if the index cannot tell or it has moved; of an ensemble a sequence, one a checkpoint.
@@ -94,12 +98,14 @@ def query(
         )
         for member in opened.members
     ]
+    if mix is not None:
+        check_mix(mix, fits[0].name, normalize)
     run = Run(token_budget=token_budget, device=device)
     members = []
     for member, weight, fitted, each in zip(opened.members, opened.weights, fits, instances(models), strict=True):
         with attach(each, task, setting_of(member), run, index=member.store) as attached:
             check_same(member, attached)
-            solved = solve(attached, member, fitted, asked, published=parity is not None, progress=progress)
+            solved = solve(attached, member, fitted, asked, published=parity is not None, mix=mix, progress=progress)
         own = score.self_influence(member, fitted, progress=progress) if normalize == "relatif" else None
         members.append(score.Member(member, solved, weight, own))
     if asked.controls is not None:
@@ -115,7 +121,8 @@ def query(
     if scores is not None:
         _save(found["full"], scores)
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
-    return _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, normalize=normalize)
+    chosen = {"normalize": normalize} if mix is None else {"normalize": normalize, "mix": mix}
+    return _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, chosen=chosen)
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -190,7 +197,7 @@ def _document(
     by_words: Sequence[Sequence[tuple[int, float]]],
     *,
     bottom: bool,
-    normalize: str,
+    chosen: dict[str, Any],
 ) -> dict[str, Any]:
     index = opened.first
     columns = {row: column for column, row in enumerate(_together(drawn).tolist())}
@@ -205,7 +212,7 @@ def _document(
             }
             for i, content in enumerate(shown)
         ],
-        "method": {**method_facts(opened, fits), "normalize": normalize},
+        "method": {**method_facts(opened, fits), **chosen},
         "baselines": {
             "bm25": [_listed(index, rows) for rows in by_words],
             "random": [_listed(index, pairs) for pairs in chance],

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from influent import score
+from influent import mixing, score
 from influent.attach import Attached
 from influent.curvature import Curvature
 from influent.errors import DataError
@@ -37,12 +37,14 @@ def solve(
     asked: Asked,
     *,
     published: bool = False,
+    mix: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Preconditioned queries of one member, block -> [Q, K] float32.
 
     Args:
         attached: the member's model, with the maps that its rows were made with.
+        mix: the share of the queries' own rows in the curvature (mixing.py).
         published: cut the queries to the rows' rank first, as LoRIF publishes them.
 
     Raises:
@@ -52,6 +54,8 @@ def solve(
     rows = gradients(attached, asked, progress)
     if published:
         rows = _cut(rows, index)
+    if mix is not None:
+        return mixing.precondition(rows, fitted, mix, progress=progress)
     return score.precondition(rows, fitted, progress=progress)
 
 
