@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from influent import metrics, providers, score
+from influent import metrics, providers, score, untrained
 from influent import student as students
 from influent import target as targets
 from influent.attach import Run
@@ -102,6 +102,14 @@ def distill(
         features = _features(name, student, encoder, rows, wanted, held, token_budget, device)
         made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, progress)
     kept = max(made, key=lambda name: made[name].left_out)
+    baseline = None
+    if "lm" in made:
+        longest = made["lm"].features.facts["max_length"]
+        own = untrained.own_values(
+            student, _picked(rows, held), wanted, normalize=normalize, max_length=longest, token_budget=token_budget,
+            device=device,
+        )  # fmt: skip
+        baseline = dict(zip(("spearman", "recall"), _quality(own, values.mean(axis=1)[held]), strict=True))
     store, best = Store(out), made[kept]
     spec = {
         "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
@@ -118,7 +126,7 @@ def distill(
         "fidelity": fidelity, "priced": best.spearman >= MIN_FIDELITY, "target": wanted.facts(target),
         "labels": {name: int(n) for name, n in zip(groups.names, np.bincount(groups.labels[chosen],
                    minlength=len(groups.names)), strict=True)},
-        "cost": _cost(opened, made.get("lm"), len(chosen)),
+        "baseline": baseline, "cost": _cost(opened, made.get("lm"), len(chosen)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     notes = {"model": None if path is None or files else noted_path(path), "target": wanted.facts(target)["file"]}
@@ -201,12 +209,21 @@ def _rung(
     x = np.concatenate(parts)
     ridge, left_out = fit(x[~held], y[~held], standardise=kind != "tfidf")
     head = Head(ridge, CALIBRATIONS[calibration](left_out, y[~held]))
-    scores, truth = head(x[held]), y[held]
-    best = truth >= np.sort(truth)[-max(1, round(BEST * len(truth)))]
+    reached = _quality(head(x[held]), y[held])
     return _Rung(
-        features, head, float(metrics.spearman(left_out, y[~held])), float(metrics.spearman(scores, truth)),
-        metrics.recall_at(scores, best, int(best.sum())) if not best.all() else 1.0, seconds,
+        features, head, float(metrics.spearman(left_out, y[~held])), *reached, seconds,
     )  # fmt: skip
+
+
+def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Spearman of scores with labels, and the share of the best 5 % of the labels among as many best scores."""
+    best = truth >= np.sort(truth)[-max(1, round(BEST * len(truth)))]
+    recall = metrics.recall_at(scores, best, int(best.sum())) if not best.all() else 1.0
+    return float(metrics.spearman(scores, truth)), recall
+
+
+def _picked(rows: Sequence[Mapping[str, Any]], flags: np.ndarray) -> list[Mapping[str, Any]]:
+    return [row for row, flag in zip(rows, flags, strict=True) if flag]
 
 
 def _features(

@@ -30,9 +30,9 @@ from influent.progress import Progress
 from influent.rowstore import Index
 from influent.storage import Store
 from influent.tables import write_file
-from influent.target import Target
+from influent.target import Target, direction
 from influent.task import Task
-from influent.valuing import FORMS, direction, facts
+from influent.valuing import FORMS, facts
 
 SUFFIXES = (".jsonl", ".parquet")
 BLOCK = 4096  # rows of the catalog read at a time

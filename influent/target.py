@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influent import solving
@@ -77,3 +78,12 @@ def gradients(
     with attach(model_of(model, index), task, setting_of(index), run, index=index.store) as attached:
         check_same(index, attached)
         return solving.gradients(attached, Asked(target.examples), progress)
+
+
+def direction(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]:
+    """One query, block -> [1, K], whose product with a row (of unit length under cosine) is the row's value."""
+    weights = torch.ones(len(next(iter(queries.values()))), dtype=torch.float64)
+    if normalize == "cosine":
+        squares = torch.stack([q.double().square().sum(1) for q in queries.values()]).sum(0)
+        weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    return {key: (weights / len(weights) @ q.double()).float()[None] for key, q in queries.items()}

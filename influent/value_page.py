@@ -114,6 +114,12 @@ def print_student(doc: Doc, console: Console) -> None:
             f"{1000 * rung['seconds_a_row']:.1f}",
         )  # fmt: skip
     console.print(table)
+    if doc["baseline"] is not None:
+        own = doc["baseline"]
+        console.print(Text(
+            f"to beat, with gradients and no label: the small model's own LinFiK {own['spearman']:.2f}, "
+            f"recall {own['recall']:.2f}"
+        ))  # fmt: skip
     cost = doc["cost"]
     if cost is not None:
         pays = cost["break_even_rows"]

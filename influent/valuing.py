@@ -30,7 +30,7 @@ from influent.progress import Progress
 from influent.providers import Groups, Overlap
 from influent.rowstore import Index
 from influent.tables import write_file, write_table
-from influent.target import Target
+from influent.target import Target, direction
 from influent.task import Task
 
 FORMS = ("cosine", "none")
@@ -172,15 +172,6 @@ def _check(normalize: str, interval: str, diversity: float, costs: str | None, b
         raise SpecError("costs and diversity are for a purchase: give --budget as well")
     if diversity and costs is None:
         raise SpecError("diversity is for a purchase at asked prices: give --costs as well")
-
-
-def direction(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]:
-    """One query, block -> [1, K], whose product with a row (of unit length under cosine) is the row's value."""
-    weights = torch.ones(len(next(iter(queries.values()))), dtype=torch.float64)
-    if normalize == "cosine":
-        squares = torch.stack([q.double().square().sum(1) for q in queries.values()]).sum(0)
-        weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    return {key: (weights / len(weights) @ q.double()).float()[None] for key, q in queries.items()}
 
 
 def _beside(

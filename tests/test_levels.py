@@ -25,7 +25,7 @@ LEVELS = [
      "mixing"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
      "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking",
-     "selecting", "distilling", "student", "features", "appraising", "auditing", "offers", "commitments"],
+     "selecting", "distilling", "student", "features", "appraising", "auditing", "offers", "commitments", "untrained"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
      "evaluating", "plots", "scorecard", "trial", "cli_mask", "explainer"],
 ]  # fmt: skip

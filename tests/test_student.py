@@ -96,6 +96,21 @@ def test_features_are_those_of_one_row_at_a_time_by_autograd(here):
         assert np.allclose(got, torch.cat([*parts, torch.tensor(ends)]), rtol=1e-4, atol=1e-5)
 
 
+def test_the_untrained_baseline_is_the_small_models_linfik(here, tmp_path):
+    """As an index of the small model, made with the same compressor, says."""
+    from influent import target, untrained
+
+    wanted = target.read(str(here / "target.jsonl"))
+    rows = [json.loads(line) for line in (here / "sample.jsonl").read_text().splitlines()]
+    own = untrained.own_values(
+        str(here / "small"), [{"text": row["text"]} for row in rows], wanted, normalize="cosine", max_length=512,
+        token_budget=256, device="cpu",
+    )  # fmt: skip
+    influent.index(str(here / "small"), str(here / "sample.jsonl"), str(tmp_path / "i"), compress=untrained.COMPRESS)
+    influent.value(str(tmp_path / "i"), target=str(here / "target.jsonl"), values=str(tmp_path / "v.npy"))
+    assert np.allclose(own, np.load(tmp_path / "v.npy"), atol=1e-5)
+
+
 def test_features_do_not_depend_on_the_batch(here):
     for load in (load_lm, load_encoder):
         one, many = (load(str(here / "small"), token_budget=b, device="cpu")(ROWS) for b in (1, 4096))
