@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from influent import solving
 from influent.attach import Run, attach, check_same
 from influent.digests import digest
-from influent.errors import DataError
+from influent.errors import DataError, SpecError
 from influent.progress import Progress
 from influent.querying import model_of, setting_of
 from influent.records import content_hash, display_text, read_examples
@@ -73,8 +73,14 @@ def gradients(
 
     Raises:
         MismatchError: the model or task is not the one that was indexed.
+        SpecError: the rows are gradients of something other than the loss.
         DataError, NumericsError: a query has no target tokens, or its loss is not finite.
     """
+    if index.spec.get("target", "loss") != "loss":
+        raise SpecError(
+            f"{index.path}: its rows are gradients of the {index.spec['target']}, values are of the loss; index with "
+            "--method linfik"
+        )
     with attach(model_of(model, index), task, setting_of(index), run, index=index.store) as attached:
         check_same(index, attached)
         return solving.gradients(attached, Asked(target.examples), progress)

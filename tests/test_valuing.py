@@ -199,6 +199,13 @@ def test_another_model_is_refused(here, tmp_path):
         value_of(here, model=str(tmp_path / "other"))
 
 
+def test_rows_of_margins_are_refused(here, tmp_path):
+    influent.index(str(here / "model"), str(here / "data.jsonl"), str(tmp_path / "i"), method="trak", limit=4,
+                   compress="sjlt:32")  # fmt: skip
+    with pytest.raises(SpecError, match="gradients of the margin"):
+        influent.value(str(tmp_path / "i"), target=str(here / "target.jsonl"))
+
+
 # The closed-form laws.
 
 
