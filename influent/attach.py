@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from influent import loading, selection
 from influent.bases import FOLDER, Bases, Calibration, Sample
@@ -22,6 +23,7 @@ from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
 from influent.layers import Block, Plan, device_of, plan
 from influent.layout import with_factors
+from influent.optimizer import Scale, read_scale
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
@@ -47,6 +49,7 @@ class Setting:
     seed: int = 0
     target: str = "loss"
     key: str = "block"
+    optimizer: str | None = None  # the state by which gradients are scaled (optimizer.py)
     calibration: int = 512  # training rows from which a learned stage is made
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ def attach(
         elif compressor.selects is not None:
             bases = _selected(compressor, mask, tracked, index)
         matrices = {} if bases is None else bases.matrices
+        scaled = None if setting.optimizer is None else _scale(setting.optimizer, module, tracked, compressor)
         if setting.key == "all":
             bound = {ALL: bind_whole(compressor, tracked, setting.seed, matrices).to(device)}
         else:
@@ -139,12 +143,18 @@ def attach(
                 block.name: compressor.bind(block, setting.seed, matrices.get(block.name)).to(device)
                 for block in tracked.blocks
             }
+        if scaled is not None:
+            bound = {
+                name: replace(each, weight=_weight(scaled, name, tracked)).to(device) for name, each in bound.items()
+            }
         collector = Collector(
             module, tracked, bound, task, run.token_budget, run.skip_nonfinite, target=setting.target
         )  # fmt: skip
         identity = _identity(collector, facts, str(compressor), rows)
         if bases is not None:
             identity["bases"] = bases.digest
+        if scaled is not None:
+            identity["scale"] = {"kind": "adam", "state": scaled.digest}
         yield Attached(collector, rows, identity, loading.config_facts(module))
 
 
@@ -230,6 +240,22 @@ def _identity(collector: Collector, facts: dict[str, Any], compress: str, rows: 
     layout = [with_factors(block, codec, collector.factors[block["block"]]) for block in layout]
     identity = {"model": facts["model"], "task": facts["task"], "layout": layout, "compress": compress, **facts}
     return identity if collector.target == "loss" else {**identity, "target": collector.target}
+
+
+def _scale(path: str, module: nn.Module, tracked: Plan, compressor: Compress) -> Scale:
+    if compressor.learned is not None:
+        raise SpecError(
+            f"compressor '{compressor}': '{compressor.learned}' is learned from gradients that are not scaled; use "
+            "another one with --scale adam"
+        )
+    return read_scale(path, module, tracked)
+
+
+def _weight(scaled: Scale, name: str, tracked: Plan) -> Tensor:
+    """The scale of a block, or of all blocks together."""
+    return (
+        scaled.weights[name] if name in scaled.weights else torch.cat([scaled.weights[b.name] for b in tracked.blocks])
+    )
 
 
 def _described(block: Block) -> dict[str, Any]:

@@ -33,19 +33,35 @@ class Bound:
     inner: tuple[Map, ...]
     outer: tuple[Map, ...]
     flat: tuple[Map, ...]
+    weight: Float[Tensor, " p"] | None = None  # scales the gradient's entries before any map (optimizer.py)
+
+    @property
+    def early(self) -> tuple[tuple[Map, ...], tuple[Map, ...]]:
+        """The maps that act on the sides before they are joined: all of them; of a gradient whose entries are scaled
+        only masks that come first, which take their entries' scales along."""
+        if self.weight is None:
+            return self.inner, self.outer
+        masks = bool(self.inner) and isinstance(self.inner[0], Mask) and isinstance(self.outer[0], Mask)
+        return (self.inner[:1], self.outer[:1]) if masks else ((), ())
 
     @property
     def in_width(self) -> int:
-        return self.inner[-1].k if self.inner else self.block.in_width
+        return self.early[0][-1].k if self.early[0] else self.block.in_width
 
     @property
     def out_width(self) -> int:
-        return self.outer[-1].k if self.outer else self.block.out_width
+        return self.early[1][-1].k if self.early[1] else self.block.out_width
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """The widths of the two sides once they are mapped."""
+        inner = self.inner[-1].k if self.inner else self.block.in_width
+        return inner, self.outer[-1].k if self.outer else self.block.out_width
 
     @property
     def width(self) -> int:
         """K, the width of the block's rows."""
-        return self.flat[-1].k if self.flat else self.in_width * self.out_width
+        return self.flat[-1].k if self.flat else self.factors[0] * self.factors[1]
 
     @property
     def scale(self) -> float:
@@ -54,18 +70,41 @@ class Bound:
 
     def map_in(self, x: Side, *, bias: bool = False) -> Side:
         """The input side through its maps; `bias` appends the ones column first."""
-        return _through(self.inner, x, bias)
+        return _through(self.early[0], x, bias)
 
     def map_out(self, x: Side) -> Side:
         """The output side through its maps."""
-        return _through(self.outer, x, False)
+        return _through(self.early[1], x, False)
 
     def join(self, grad: Grad) -> Float[Tensor, "B K"]:
         """Rows from mapped sides (`Outer`) or from a vector block's gradient (`Flat`), scaled."""
         if isinstance(grad, Flat):
-            row, rest = wide(grad.g), self.flat
+            row = wide(grad.g) if self.weight is None else wide(grad.g) * self.weight
+            rest = self.flat
+        elif self.weight is not None:
+            return self._join_scaled(Outer(wide(grad.a), wide(grad.d), grad.in_width, grad.out_width), self.weight)
         else:
             row, rest = self._first(Outer(wide(grad.a), wide(grad.d), grad.in_width, grad.out_width))
+        for m in rest:
+            row = m.raw(row)
+        return row * self.scale
+
+    def _join_scaled(self, grad: Outer, weight: Float[Tensor, " p"]) -> Float[Tensor, "B K"]:
+        """Rows of the gradient with its entries scaled, which must be formed, but for what a first mask leaves out."""
+        (inner, outer), rest = self.early, self.flat
+        if inner and isinstance(rows := inner[0], Mask) and isinstance(columns := outer[0], Mask):
+            weight = weight.view(rows.p, columns.p)[rows.kept][:, columns.kept].flatten()
+        if rest and isinstance(mask := rest[0], Mask) and not self.inner:
+            row = grad.at(mask.kept // grad.out_width, mask.kept % grad.out_width) * weight[mask.kept]
+            rest = rest[1:]
+        else:
+            formed = (grad.flat() * weight).unflatten(1, (grad.in_width, grad.out_width))
+            for m in self.outer[len(outer) :]:
+                formed = m.raw(formed)
+            formed = formed.transpose(1, 2).contiguous()
+            for m in self.inner[len(inner) :]:
+                formed = m.raw(formed)
+            row = formed.transpose(1, 2).flatten(1)
         for m in rest:
             row = m.raw(row)
         return row * self.scale
@@ -91,7 +130,7 @@ class Bound:
     def to(self, device: torch.device) -> "Bound":
         """The same maps with their tables on `device`."""
         sides = (tuple(m.to(device) for m in maps) for maps in (self.inner, self.outer, self.flat))
-        return Bound(self.block, *sides)
+        return Bound(self.block, *sides, weight=None if self.weight is None else self.weight.to(device))
 
 
 def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor] | None = None) -> Bound:

@@ -64,6 +64,10 @@ def index(
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="A row for each layer: block; one for all: all. By method.")
     ] = None,
+    scale: Annotated[str, typer.Option(metavar="NAME", help="Of gradients: none, or adam by --optimizer.")] = "none",
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Adam's state: safetensors by name, or optimizer.pt.")
+    ] = None,
     compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
     row_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Size of a stored row, e.g. 64KiB; sets the compressor's sizes.")
@@ -102,6 +106,7 @@ def index(
     The same command again resumes an interrupted one.
     """
     preflight.choice("--method", method, METHODS)
+    preflight.choice("--scale", scale, ("none", "adam"))
     preflight.choice("--key", key or "block", ("block", "all"))
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))
@@ -120,6 +125,7 @@ def index(
     with progress_bars() as progress:
         document = influent.index(
             model, data, out=out, checkpoints=checkpoints, rates=rates, method=method, key=key,
+            scale=scale, optimizer=optimizer,
             compress=compress, row_bytes=row_size, rows=rows, layers=layers,
             exclude=exclude,
             max_length=max_length, token_budget=token_budget, dtype=dtype, matmul=matmul, catalog=cast(Any, catalog),

@@ -57,8 +57,7 @@ class Collector:
     def factors(self) -> dict[str, Factors | None]:
         """By block name the widths of the two mapped sides, where a row is their outer product; else None."""
         return {
-            name: None if bound.flat or bound.block.is_vector else (bound.in_width, bound.out_width)
-            for name, bound in self.bound.items()
+            name: None if bound.flat or bound.block.is_vector else bound.factors for name, bound in self.bound.items()
         }
 
     def collect(

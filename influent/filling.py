@@ -133,6 +133,7 @@ def _notes(model: str | nn.Module, data: Any, method: str, setting: Setting, att
         "layers": setting.layers,
         "exclude": setting.exclude,
         "max_length": setting.max_length,
+        **({} if setting.optimizer is None else {"optimizer": loading.noted_path(setting.optimizer)}),
         "coverage": attached.collector.plan.coverage,
     }
 

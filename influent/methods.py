@@ -120,6 +120,8 @@ def index(
     rates: Sequence[float] | None = None,
     method: str = "factgrass",
     key: str | None = None,
+    scale: str = "none",
+    optimizer: str | None = None,
     compress: str | None = None,
     row_bytes: int | None = None,
     rows: str | None = None,
@@ -147,6 +149,8 @@ def index(
             with one index a checkpoint, `model` first, whose scores are the mean over all of them.
         rates: of each checkpoint (`model` first) the learning rate, for a method that adds scores up by it.
         key: `block` for a row in each layer, `all` for one row of all layers together. By default the method's way.
+        scale: `adam` divides each entry of a gradient by the root of Adam's second moment before it is compressed;
+            `optimizer` is then the file of that state: safetensors of exp_avg_sq by name, or torch's optimizer.pt.
         rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
         row_bytes: the size of a stored row; the method's compressor (and codec) is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
@@ -161,6 +165,10 @@ def index(
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
     if key not in (None, "block", "all"):
         raise SpecError(f"key is {key!r}, expected block or all")
+    if (scale, optimizer is None) not in (("none", True), ("adam", False)):
+        raise SpecError(f"scale is {scale!r} and optimizer {optimizer!r}: expected none, or adam and its state's file")
+    if scale == "adam" and checkpoints:
+        raise SpecError("scale adam is for one model: an ensemble's checkpoints would each need their own state")
     if shard_rows is not None and shard_rows < 1:
         raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
     if task is not None and max_length != DEFAULT_LENGTH:
@@ -183,7 +191,7 @@ def index(
         compress=compress or own.compress, rows=codec,
         budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
         layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
-        seed=seed, target=own.target, key=key or own.key,
+        seed=seed, target=own.target, key=key or own.key, optimizer=optimizer,
     )  # fmt: skip
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     places = _places(Store(out), len(weights))

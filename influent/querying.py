@@ -177,6 +177,7 @@ def setting_of(index: Index) -> Setting:
         compress=spec["compress"], rows=spec["rows"], layers=notes["layers"], exclude=notes["exclude"],
         max_length=notes["max_length"], dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"],
         seed=spec["seed"], target=spec.get("target", "loss"), key=key_of(spec["layout"]),
+        optimizer=notes.get("optimizer"),
     )  # fmt: skip
 
 

@@ -47,6 +47,11 @@ def kind_of(module: nn.Module) -> str | None:
     return None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is Hugging Face's Conv1D, whose weight is [in, out]."""
+    return _is_hf_conv1d(module)
+
+
 def _is_hf_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 

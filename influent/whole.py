@@ -119,6 +119,8 @@ class WholeRows:
             values = grad.at(local // block.out_width, local % block.out_width)
         else:
             values = grad.flat().index_select(1, local)
+        if self.bound.weight is not None:
+            values = values * self.bound.weight[mask.kept[lo:hi]]
         if self.picked is None:
             self.picked = values.new_zeros(len(values), mask.k)
         self.picked[:, lo:hi] += values
@@ -133,7 +135,9 @@ class WholeRows:
                 if out is None:
                     out = flat.new_zeros(len(flat), self.bound.block.width)
                 out[:, first : first + width] += flat
-        return losses.new_zeros(len(losses), self.bound.block.width).float() if out is None else out
+        if out is None:
+            return losses.new_zeros(len(losses), self.bound.block.width).float()
+        return out if self.bound.weight is None else out * self.bound.weight
 
     def _through(self, row: Tensor, done: int) -> Tensor:
         for m in self.bound.flat[done:]:

@@ -22,7 +22,7 @@ LEVELS = [
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "passes", "rowstore",
      "rowwriter",
      "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole", "datainf",
-     "mixing"],
+     "mixing", "optimizer"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "score", "solving", "finetune", "judging",
      "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking",
      "selecting", "distilling", "student", "features", "appraising", "auditing", "offers", "commitments", "untrained"],
