@@ -14,6 +14,8 @@ The report is results/grass_images.json and docs/grass_images.png, of what is fi
 import argparse
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from influent.storage import Store
 SIZES = (2048, 4096, 8192)
 BLOW_UP = 4  # the mask of GraSS keeps so many times the entries of its rows
 DEFAULT = "relative:0.1"
-DAMPINGS = ("relative:0.001", "relative:0.01", DEFAULT, "relative:1", "relative:10", "relative:100")
+DAMPINGS = (DEFAULT, "relative:0.01", "relative:1", "relative:10")
 TIMED = 256  # gradients whose compression is timed
 COMPRESSORS = {
     "RM": "mask:{k}",
@@ -57,18 +59,28 @@ def checkpoints(name: str, work: Path) -> tuple[torch.nn.Module, list[dict[str, 
     return load(name, paths[0]), [load_file(path) for path in paths[1:]]
 
 
+def timed(stage: Callable[[], Any], place: Path) -> float:
+    """CPU seconds of a stage that fills a folder; kept beside the folder, so that they are known when a later stage is
+    interrupted. NaN if the stage itself was."""
+    note, begun, start = place.parent / f"{place.name}.seconds", place.exists(), time.process_time()
+    stage()
+    if not note.exists():
+        note.write_text("nan" if begun else str(time.process_time() - start))
+    return float(note.read_text())
+
+
 def compressor(kind: str, k: int, name: str, work: Path, rows: list[Any]) -> tuple[str, float]:
-    """Its text, and the CPU seconds of learning its mask (0 if there is none, or if it was learned before)."""
-    text, start = COMPRESSORS[kind], time.process_time()
+    """Its text, and the CPU seconds of learning its mask (0 if there is none)."""
+    text = COMPRESSORS[kind]
     for size, key in ((k, "{sm}"), (BLOW_UP * k, "{gsm}")):
         if key in text:
             place = work / "masks" / str(size)
             model = load(name, work / "checkpoints" / "0.safetensors")
-            influent.mask(
-                model, rows, str(place), size=str(size), scope="all", target="margin", sample=256,
-                memory=4096, task=influent.Classification(),
+            learn = partial(
+                influent.mask, model, rows, str(place), size=str(size), scope="all", target="margin", memory=4096,
+                task=influent.Classification(),
             )  # fmt: skip
-            return text.format(k=k, sm=place, gsm=place), time.process_time() - start
+            return text.format(k=k, sm=place, gsm=place), timed(learn, place)
     return text.format(k=k, wide=BLOW_UP * k), 0.0
 
 
@@ -104,11 +116,11 @@ def run(name: str, kind: str, k: int, work: Path) -> None:
     text, learning = compressor(kind, k, name, work, rows)
     model, others = checkpoints(name, work)
     place, task = work / "indexes" / f"{kind}-{k}", influent.Classification()
-    start = time.process_time()
-    influent.index(
-        model, rows, str(place), checkpoints=others, method="trak", compress=text, task=task, token_budget=64
-    )
-    indexing = time.process_time() - start
+    collect = partial(
+        influent.index, model, rows, str(place), checkpoints=others, method="trak", compress=text, task=task,
+        token_budget=64,
+    )  # fmt: skip
+    indexing = timed(collect, place)
     found: list[np.ndarray] = []
     for damping in DAMPINGS:
         influent.query(
@@ -118,12 +130,12 @@ def run(name: str, kind: str, k: int, work: Path) -> None:
         scores = np.load(work / "scores.npy")
         found.append(lds(scores, truth["rows"], truth["margins"].mean(1)))
         print(f"{kind} {k} {damping}: {found[-1].mean():.4f}", flush=True)
-    seconds = compress_seconds(name, work, text, rows)
+    compressing = compress_seconds(name, work, text, rows)
     beside = target.with_suffix(".part")
     with beside.open("wb") as file:
         np.savez(
             file, lds=np.array(found), seeds=truth["margins"].shape[1], indexing=indexing,
-            learning=learning, compressing=seconds, querying=time.process_time() - start - indexing,
+            learning=learning, compressing=compressing,
         )  # fmt: skip
     beside.rename(target)
     shutil.rmtree(place)  # gigabytes that the same command makes again
@@ -132,6 +144,11 @@ def run(name: str, kind: str, k: int, work: Path) -> None:
 def judged(each: np.ndarray) -> dict[str, float]:
     interval = bootstrap(each)
     return {"mean": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+
+
+def seconds(measured: Any) -> float | None:
+    """To one decimal; None of a stage that was interrupted."""
+    return None if np.isnan(measured) else round(float(measured), 1)
 
 
 def tuning(num_queries: int) -> np.ndarray:
@@ -155,8 +172,9 @@ def results(work: Path) -> list[dict[str, Any]]:
                     "compressor": kind, "k": int(k), "damping": DAMPINGS[best],
                     "lds": judged(held["lds"][best, ~tune]), "default": judged(held["lds"][default, ~tune]),
                     "grid": dict(zip(DAMPINGS, held["lds"][:, ~tune].mean(1).round(4).tolist(), strict=True)),
-                    "compress_s": round(float(held["compressing"]), 3), "index_s": round(float(held["indexing"]), 1),
-                    "mask_s": round(float(held["learning"]), 1), "each": held["lds"][best, ~tune],
+                    "compress_s": round(float(held["compressing"]), 3),
+                    "index_s": seconds(held["indexing"]),
+                    "mask_s": seconds(held["learning"]), "each": held["lds"][best, ~tune],
                 }
             )  # fmt: skip
     order = list(COMPRESSORS)
@@ -179,7 +197,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The paper's claims as far as both sides were measured, each with the difference and whether it holds."""
+    """The paper's claims, each with the difference and whether it holds: None until both sides are measured."""
     by = {(one["compressor"], one["k"]): one for one in found}
     claims: list[tuple[str, str, str, Any]] = [("SM >= RM", "SM", "RM", lambda d, t: d >= 0)]
     claims += [
@@ -193,7 +211,9 @@ def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     out = []
     for k in SIZES:
         for claim, first, second, holds in claims:
-            if (first, k) in by and (second, k) in by:
+            if (first, k) not in by or (second, k) not in by:
+                out.append({"claim": claim, "k": k, "holds": None})  # not measured yet
+            else:
                 one, other = by[first, k], by[second, k]
                 gap, times = difference(one, other), other["compress_s"] / one["compress_s"]
                 verdict = bool(holds(gap["mean"], times))
