@@ -4,7 +4,8 @@ The rows of `lorif_rows.py` (2,000 texts, the same projections for all) are stor
 and cut to rank c as LoRIF does. LoGRA's curvature is the exact Fisher matrix; LoRIF's is the truncated one, and the
 exact one of the same rows is what its scores are compared with. Query time is split: `solve` preconditions the
 queries' gradients, `score` runs over the rows, once with the shards in the page cache and checked ("memory"), once
-opened anew with nothing cached ("disk", the check of the hashes included). Making the queries' gradients costs the
+opened anew with nothing cached ("disk", the check of the hashes included). Times from memory are CPU time of the one
+thread, because the machine may be busy. Making the queries' gradients costs the
 same for all and is left out. Every stage is kept under --work: interrupted, it resumes.
 
     python benchmarks/lorif_rows.py --work DIR && python benchmarks/lorif.py --work DIR
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +42,7 @@ STORES = {
 CURVE = {"LoRIF c=2": "rank:2:bfloat16", "LoRIF c=16": "rank:16:bfloat16"}
 TRUNCATED = ("rank:1:bfloat16", "rank:4:bfloat16", "rank:8:bfloat16")
 FITTED_AT_16 = ("float32", "bfloat16", "rank:1:bfloat16")  # its fits take minutes; the others' bytes
+QUERIED = ("bfloat16", *TRUNCATED, "rank:1:int8", "rank:4:int4")
 COUNTS = (1, 16, 256)
 DAMPING = Damping.parse("relative:1")
 SHARD_ROWS = 2048
@@ -64,7 +65,7 @@ def main() -> None:
         if "agree" in stages:
             kept(work, f"agree {f}", lambda f=f: agree(work, f))
         if "query" in stages:
-            for codec in (c for c in ("float32", "bfloat16", *TRUNCATED) if fitted(f, c)):
+            for codec in (c for c in QUERIED if place(work, f, c).joinpath("manifest.json").exists()):
                 kept(work, f"query {f} {codec}", lambda f=f, codec=codec: query(work, f, codec))
     if stages == ["report"]:
         report(work)
@@ -179,41 +180,45 @@ def agree(work: Path, f: int) -> dict[str, Any]:
 
 
 def query(work: Path, f: int, codec: str) -> list[dict[str, Any]]:
-    """Seconds of the two parts of a query: medians of three from memory, one run from disk."""
+    """Seconds of the two parts of a query. From memory: CPU time, the least of five; from disk: wall and CPU time, the
+    least of two. Rows that were not fitted are scored with the queries' gradients, which takes as long."""
     kind = "lowrank" if codec in TRUNCATED else "fim"
     index = Index.open(place(work, f, codec))
-    own = Damping.parse("relative:0.1") if f == 16 and kind == "fim" else DAMPING  # time does not depend on it
-    fitted = curvature.fit(index, curvature=kind, damping=own)
+    solver = curvature.fit(index, curvature=kind, damping=damping_of(f, kind)) if fitted(f, codec) else None
     found = []
-    for count in COUNTS if f != 16 else COUNTS[:2]:
+    for count in COUNTS:
         asked = queries(work, f, count)
-        solve, solved = timed(lambda asked=asked: score.precondition(asked, fitted), repeats=1)
-        run = {"M": count, "solve": solve}
-        run["memory"], _ = timed(lambda solved=solved: top(index, solved))
-        run["disk"], _ = timed(lambda solved=solved: top(Index.open(place(work, f, codec)), solved),
-                               before=lambda: forget(place(work, f, codec)), repeats=1, warm=False)  # fmt: skip
-        if codec.startswith("rank"):
-            run["memory, query rank 4"], _ = timed(lambda solved=solved: top(index, solved, query_rank=4))
+        run: dict[str, Any] = {"M": count, "solve": None}
+        if solver is not None:
+            start = time.process_time()
+            asked = score.precondition(asked, solver)
+            run["solve"] = time.process_time() - start
+        run["memory"] = min(timed(lambda asked=asked: top(index, asked))[1] for _ in range(5 if count < 256 else 2))
+        runs = []
+        for _ in range(2):
+            forget(place(work, f, codec))
+            runs.append(timed(lambda asked=asked: top(Index.open(place(work, f, codec)), asked)))
+        run["disk"], run["disk, CPU"] = (min(each) for each in zip(*runs, strict=True))
+        if codec in TRUNCATED and f != 16:
+            run["memory, query rank 4"] = timed(lambda asked=asked: top(index, asked, query_rank=4))[1]
         found.append(run)
     return found
+
+
+def damping_of(f: int, kind: str) -> Damping:
+    """That of the fit which is there: the time does not depend on it."""
+    return Damping.parse("relative:0.1") if f == 16 and kind == "fim" else DAMPING
 
 
 def top(index: Index, asked: dict[str, Tensor], **options: Any) -> Any:
     return score.score(index, asked, {"top": TopK(10)}, **options)
 
 
-def timed(
-    run: Callable[[], Any], *, before: Callable[[], None] = lambda: None, repeats: int = 3, warm: bool = True
-) -> tuple[float, Any]:
-    """The median time, if `warm` after one run that is not counted, and the last result."""
-    times, result = [], None
-    for repeat in range(repeats + warm):
-        before()
-        start = time.perf_counter()
-        result = run()
-        if repeat >= warm:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times), result
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def forget(folder: Path) -> None:

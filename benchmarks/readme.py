@@ -71,12 +71,13 @@ def lorif() -> str:
         if r["query"] is None:
             continue
         runs = {run["M"]: run for run in r["query"]}
-        kind = "lowrank" if "lowrank" in r["fit"]["cpu_seconds"] else "fim"
+        fits = {} if r["fit"] is None else r["fit"]["cpu_seconds"]
+        kind = "lowrank" if "lowrank" in fits else "fim"
         scored = " / ".join(seconds(runs[m]["memory"]) for m in sorted(runs))
-        size, fit = r["encode"]["bytes_per_row"], r["fit"]["cpu_seconds"][kind]
+        size, fit = r["encode"]["bytes_per_row"], f"{fits[kind]:.0f} ({kind})" if fits else "—"
+        solve = "—" if runs[1]["solve"] is None else seconds(runs[1]["solve"])
         lines.append(
-            f"| {r['f']} | {r['store']} | {size:,.0f} | {fit:.0f} ({kind}) | {seconds(runs[1]['solve'])} | {scored} | "
-            f"{seconds(runs[1]['disk'])} |"
+            f"| {r['f']} | {r['store']} | {size:,.0f} | {fit} | {solve} | {scored} | {seconds(runs[1]['disk'])} |"
         )
     agree = {f: found["spearman"][f"f={f}"]["LoRIF c=1"]["truncated with exact"]["mean"] for f in (16, 32)}
     kept = ", ".join(

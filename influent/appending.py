@@ -57,11 +57,14 @@ def append(
     if task is not None and not isinstance(task, Encodes):
         hashes = [content for _, content in ids_and_hashes(data)]
     listed = catalog.extend(data, opened.store, parts=parts, hashes=hashes, progress=progress)
-    if len(listed.parts) == parts:
-        return info(index)
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
+    finished = len(listed.parts) == parts
+    if finished and model is None:
+        return info(index)
     with attach(model_of(model, opened), task, setting_of(opened), run, index=opened.store) as attached:
-        check_same(opened, attached)
+        check_same(opened, attached)  # also of a call that has nothing to do: it names the wrong model all the same
+        if finished:
+            return info(index)
         writer = IndexWriter.extend(opened.store, listed.parts[-1].digest)
         fill_pending(writer, listed, attached.collector, data, progress=progress, first=opened.n)
         facts = {name: value for name, value in opened.summary.items() if name not in ("rows", "bytes", "split")}

@@ -103,6 +103,8 @@ def extend(
         _refuse_empty(done, skips)
         content = done.content.text()
         if parts > 1 and content == old.parts[-1].content:
+            record = _record(done, skips, old.parts[0].keep, path)
+            _refuse_other_labels(old.parts[-1], Part(Store(folder), stem(parts), record))
             return old
         earlier = bytearray().join(hash_id(name) for part in old.parts for name in part.ids())
         added = {"first": old.n, "content": content}
@@ -112,6 +114,16 @@ def extend(
         if not _is_sound(store, stem(parts), record, fresh):
             _put(store, stem(parts), path, record)
     return Catalog.open(store, parts + 1)
+
+
+def _refuse_other_labels(known: Part, offered: Part) -> None:
+    """DataError when the examples that were appended last come again with another source or provider."""
+    pairs = zip(known.labels(), offered.labels(), strict=True)
+    if (row := next((i for i, (a, b) in enumerate(pairs) if a != b), None)) is not None:
+        raise DataError(
+            f"{known.store}/{known.name}: these examples are the ones appended last, but the source or provider of "
+            f"number {row} is another: what is appended cannot be changed; give new examples, or index all of them anew"
+        )
 
 
 class Catalog:

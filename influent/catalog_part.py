@@ -44,9 +44,9 @@ class Part:
     @classmethod
     def open(cls, store: Store, stem: str) -> Part:
         """Raises FormatError when there is no such part, CorruptError when it cannot be read."""
-        name = f"{stem}.json"
+        name, verb = f"{stem}.json", "index" if stem == "catalog" else "append"
         if not store.exists(name):
-            raise FormatError(f"{store}: holds no {name}; the catalog was not finished: run `influent index` again")
+            raise FormatError(f"{store}: holds no {name}; the catalog was not finished: run `influent {verb}` again")
         try:
             return cls(store, stem, json.loads(store.get(name)))
         except (ValueError, KeyError, TypeError) as e:

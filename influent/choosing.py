@@ -58,7 +58,8 @@ def check_curvature(
 
     Without a name it is the method's own curvature, `own`, or fim if that takes no damping and there is one. Without a
     damping, fim has that of the one fit there is; of several, or of none, the default. Without a rank, lowrank and
-    sketch are the one that is fitted to the present rows; of several, or of none, the default. `parity`, paper or
+    sketch have that of the one that is fitted to the present rows or, if none is, to earlier ones; of several, or of
+    none, the default. `parity`, paper or
     release, is a published rule for the damping of a low-rank curvature, in place of one.
 
     Raises:
@@ -72,11 +73,11 @@ def check_curvature(
     if name is None and own == "identity" and damping is not None:
         name = "fim"
     name = name or own
-    if name == "identity":
-        if rule is not None:
-            raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
-        return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
+    if rule is not None and wanted is None:
+        raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
+    if name == "identity":
+        return Choice(name, _none(damping))
     if wanted is not None:
         return Choice(
             _basis(index, wanted), _agreed(name, wanted.damping if has_own else None, rule, damping, LOW_RANK)
@@ -87,8 +88,6 @@ def check_curvature(
     if kind not in ("fim", "datainf"):
         known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", "datainf", *curvatures.list_fitted(index)])
         raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
-    if rule is not None:
-        raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
     return Choice(kind, _fim_damping(index, name, written, damping))
 
 
@@ -120,8 +119,10 @@ def _basis(index: Index, wanted: Name) -> str:
             known = ", ".join(sorted(fitted)) or "none"
             raise SpecError(f"curvature {wanted.basis!r}: not fitted: of low rank there is {known}")
         return wanted.basis
-    present = [full for full in fitted if full.startswith(f"{wanted.form}:") and "@" not in full]
-    return present[0] if len(present) == 1 else f"{wanted.form}:{RANK}"
+    of_form = [full for full in fitted if full.startswith(f"{wanted.form}:")]
+    present = [full for full in of_form if "@" not in full]
+    ranks = {full.partition("@")[0] for full in present or of_form}  # after an append, those of the rows before it
+    return ranks.pop() if len(ranks) == 1 else f"{wanted.form}:{RANK}"
 
 
 def _rule(parity: str | None, damping: str | None) -> Published | None:
@@ -158,9 +159,9 @@ def method_facts(opened: Ensemble, fits: Sequence[Curvature]) -> dict[str, Any]:
 
 
 def check_fit(name: str, damping: str | None) -> Choice:
-    """What `influent fit` is asked for, from a name with or without a damping (by default 0.1, or 1 of low rank).
+    """What `influent fit` is asked for, from a name with or without a damping (by default 0.1).
 
-    Raises SpecError for a damping that identity cannot take, or a name and a damping that differ.
+    Raises SpecError for a damping that identity or a fit of low rank cannot take, or a name and a damping that differ.
     """
     from influent.truncated import split_name
 
@@ -168,7 +169,12 @@ def check_fit(name: str, damping: str | None) -> Choice:
         return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
     if wanted is not None:
-        return Choice(wanted.basis, _agreed(name, wanted.damping if has_own else None, None, damping, LOW_RANK))
+        if has_own or damping is not None:
+            raise SpecError(
+                f"curvature {wanted.basis} is fitted without a damping, which each query chooses: give it to "
+                "`influent query`, or `--curvature fim` here"
+            )
+        return Choice(wanted.basis, LOW_RANK)
     kind, _, written = name.partition(":")
     own = Damping.parse(written) if written else None
     return Choice(kind, _agreed(name, own, None, damping, DEFAULT))

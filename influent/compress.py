@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from influent.bind import Bound
+    from influent.codec import Codec
     from influent.layers import Block
 
 KINDS = ("mask", "gauss", "rademacher", "sjlt", "fjlt")  # drawn from a random stream
@@ -142,6 +143,14 @@ class Compress:
         stages = (Stage(SELECT, size, out), *self.stages[1:])
         _check_order(stages, str(self))
         return Compress(stages)
+
+    def check_rank(self, codec: "Codec") -> None:
+        """Raises SpecError for rows that are to be cut to a rank and are flat vectors, which have no sides to cut."""
+        if codec.rank is not None and (flat := next((stage for stage in self.stages if stage.is_flat), None)):
+            raise SpecError(
+                f"rows {str(codec)!r}: stage '{flat}' of {str(self)!r} leaves flat vectors, which have no rank: give a "
+                "compressor of both sides such as gauss:64x64, or rows without rank:"
+            )
 
     def width(self, block: "Block") -> int:
         """Entries of a block's row: every size is capped at the width it is applied to."""

@@ -2,8 +2,8 @@
 
 A query becomes digits of base 254, three a number, with one scale a query: q = s (d1 + d2 / 254 + d3 / 254^2) up to
 |q|max 2^-24, what float32 keeps of the largest number; four for signs, whose numbers then differ by up to 2^7. Products
-of codes with digits are sums of integers, hence exact whatever the rows come with. Measured on one core with AMX
-(benchmarks/results/kernels.json), this takes a quarter to a half of the time of unpacking to float32.
+of codes with digits are sums of integers, hence exact whatever the rows come with. It takes a third to three fifths of
+the time of unpacking to float32 (one core with AMX: benchmarks/results/kernels.json).
 
 `torch._int_mm` is the only product of 8-bit integers that PyTorch has on a CPU. It is not public, and without vector
 instructions for it oneDNN's reference is slow: `usable` says where it is taken. Elsewhere kernels.py unpacks the rows;

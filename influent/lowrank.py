@@ -17,10 +17,11 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from .errors import NumericsError
-from .gram import BlockRows, pack, per_row, unpack
+from .gram import BlockRows, gram, pack, per_row, unpack
 from .rng import Stream
 
 OVERSAMPLING = 10
+EXACT_RATIO = 3
 ITERATIONS = 3  # power iterations after the first pass, as published
 
 # The largest s / (lambda + tau) at which a rounded column still serves. A column off by a relative e leaves about
@@ -80,6 +81,45 @@ def sketch(rows: BlockRows, basis: Float[Tensor, "K l"]) -> Sketch:
     if not (isfinite(squares) and bool(product.isfinite().all())):
         raise NumericsError(f"block {rows.key!r}: its rows are not finite: run `influent verify` on the index")
     return Sketch(product, squares, rows.num_rows - rows.first)
+
+
+def leading_spectrum(rows: BlockRows, rank: int) -> Spectrum:
+    """The leading `rank` + 10 eigenpairs: exact where the rank is no small part of m, else by subspace iteration.
+
+    Measured with N = 2,000 and rank 512, CPU seconds: K = 324 0.04 against 0.26, 864 0.28 and 0.94, 1,296 0.98 and
+    1.24, 3,456 4.1 and 3.6. Then m is at most 3 r, so that m x m numbers are no more than iteration holds.
+    """
+    m = min(rows.num_rows, rows.width)
+    return spectrum_exactly(rows, rank) if EXACT_RATIO * rank > m else spectrum_by_iteration(rows, rank)
+
+
+def spectrum_exactly(rows: BlockRows, rank: int) -> Spectrum:
+    """The leading `rank` + 10 eigenpairs from the smaller Gram matrix: one pass over the rows, two if N < K.
+
+    Raises NumericsError, naming the block, for rows that are not finite.
+    """
+    total = gram(rows)
+    trace = float(total.diagonal().sum())
+    if not isfinite(trace):
+        raise NumericsError(f"block {rows.key!r}: its rows are not finite: run `influent verify` on the index")
+    columns = min(rank + OVERSAMPLING, len(total))
+    sizes, vectors = torch.linalg.eigh(total)  # which reads the lower triangle
+    noise = torch.finfo(sizes.dtype).eps * len(sizes) * max(float(sizes[-1]), 0.0)
+    kept = min(columns, int((sizes > noise).sum()))
+    values, vectors = sizes.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    if rows.num_rows < rows.width:
+        vectors, values = _carried_over(rows, vectors)
+    return Spectrum(vectors, values.clamp(min=0) / rows.num_rows, trace / rows.num_rows, rows.num_rows)
+
+
+def _carried_over(rows: BlockRows, left: Float[Tensor, "N l"]) -> tuple[Float[Tensor, "K l"], Float[Tensor, " l"]]:
+    """Eigenpairs of G^T G from eigenvectors of G G^T: those of G^T left left^T G, orthonormal however small."""
+    y = torch.zeros(rows.width, left.shape[1], dtype=torch.float64)
+    for lo, hi, g in rows.chunks():
+        y.addmm_(g.T, left[lo:hi])
+    q, upper = torch.linalg.qr(y)
+    values, turns = torch.linalg.eigh(upper @ upper.T)
+    return q @ turns.flip(1), values.flip(0)
 
 
 def spectrum_by_iteration(rows: BlockRows, rank: int) -> Spectrum:

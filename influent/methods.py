@@ -179,8 +179,9 @@ def index(
         raise SpecError("give --compress or --row-bytes, not both: each sets the size of a row")
     own = METHODS[method]
     weights = _weights(method, 1 + len(checkpoints or ()), rates)
-    Compress.parse(compress or own.compress)
-    codec = str(Codec.parse(rows or own.rows))
+    chosen = Codec.parse(rows or own.rows)
+    Compress.parse(compress or own.compress).check_rank(chosen)
+    codec = str(chosen)
     kept = own.codec if rows is None else lambda side: codec
     from influent.attach import Run, Setting  # these import torch
     from influent.budget import Budget

@@ -122,7 +122,12 @@ def query(
         _save(found["full"], scores)
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
     chosen = {"normalize": normalize} if mix is None else {"normalize": normalize, "mix": mix}
-    return _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, chosen=chosen)
+    document = _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, chosen=chosen)
+    if query_rank is not None:
+        energies = [score.query_energy(member.index, member.queries, query_rank) for member in members]
+        for entry, kept in zip(document["queries"], torch.stack(energies).mean(0).tolist(), strict=True):
+            entry["kept"] = kept
+    return document
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:

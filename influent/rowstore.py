@@ -62,6 +62,11 @@ class Shard:
         return self.grads(key).to(torch.float32).flat()
 
     @property
+    def skipped(self) -> list[int]:
+        """The rows of this shard that were skipped and are zero, whatever the reason."""
+        return sorted(row for rows in self._record.meta.get("skipped", {}).values() for row in rows)
+
+    @property
     def captured(self) -> torch.Tensor | None:
         """The share of each row's energy that its rank cut kept, [n, blocks] float32; None when rows are not cut."""
         layout = self._index.layout
@@ -216,18 +221,24 @@ def info(index: Index) -> dict[str, Any]:
 
 
 def _captured(index: Index) -> dict[str, Any] | None:
-    """The mean share of the rows' energy that the rank cut kept, overall, and of each block its mean and least."""
+    """The mean share of the rows' energy that the rank cut kept, overall, and of each block its mean and least; rows
+    that were skipped have none."""
     if not index.layout.has_captured or not index.n:
         return None
     import torch
 
-    total, least = torch.zeros(len(index.keys), dtype=torch.float64), torch.ones(len(index.keys))
+    total, least, count = torch.zeros(len(index.keys), dtype=torch.float64), torch.ones(len(index.keys)), 0
     for shard in index.shards:
         kept = shard.captured
         assert kept is not None
-        total += kept.sum(dim=0, dtype=torch.float64)
-        least = torch.minimum(least, kept.amin(dim=0))
-    means = (total / index.n).tolist()
+        made = torch.ones(len(shard), dtype=torch.bool)
+        made[[row - shard.lo for row in shard.skipped]] = False
+        total += kept[made].sum(dim=0, dtype=torch.float64)
+        least = torch.minimum(least, torch.cat([kept[made], torch.ones(1, len(index.keys))]).amin(dim=0))
+        count += int(made.sum())
+    if count == 0:
+        return None
+    means = (total / count).tolist()
     blocks = {key: {"mean": a, "min": b} for key, a, b in zip(index.keys, means, least.tolist(), strict=True)}
     return {"mean": sum(means) / len(means), "blocks": blocks}
 

@@ -22,8 +22,8 @@ from .lowrank import (
     Spectrum,
     Stored,
     Woodbury,
+    leading_spectrum,
     sketch,
-    spectrum_by_iteration,
     spectrum_of,
     start,
 )
@@ -120,7 +120,7 @@ def fit_basis(index: RowSource, name: Name, *, memory: int = MEMORY, progress: P
 def _iterate(index: RowSource, rank: int, memory: int) -> Compute:
     def compute(key: str):
         rows = BlockRows(index, key, memory)
-        return _payload(spectrum_by_iteration(rows, min(rank, rows.num_rows, rows.width)), rank)
+        return _payload(leading_spectrum(rows, min(rank, rows.num_rows, rows.width)), rank)
 
     return compute
 
@@ -152,10 +152,10 @@ def _payload(found: Spectrum, rank: int) -> tuple[Mapping[str, Tensor], dict[str
         found.vectors[:, :kept], values[:kept], 0.0 if exact else REFERENCE.amount(found.trace, most) + tail
     )
     total = float(values[:kept].sum())
+    mean = float(values[: rank + OVERSAMPLING].mean()) if len(values) else 0.0  # a sketch finds 2 R, the paper R + 10
     meta = {
         "trace": found.trace, "rows": found.num_rows, "rank": kept, "tail": 0.0 if exact else tail, "kept": total,
-        "mean": float(values.mean()) if len(values) else 0.0, "least": stored.least_base(values[:kept]),
-        "top": values[:3].tolist(),
+        "mean": mean, "least": stored.least_base(values[:kept]), "top": values[:3].tolist(),
     }  # fmt: skip
     return {
         "values": values[:kept].contiguous(), "fine": stored.fine, "coarse": stored.coarse, "overlaps": stored.overlaps

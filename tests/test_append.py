@@ -321,3 +321,37 @@ def test_examples_of_a_plain_data_set_are_appended(tmp_path):
         torch.testing.assert_close(rows, expected)
     assert [row["id"] for row in index.catalog.describe(range(12))] == [str(i) for i in range(12)]
     assert Artifact.open(index.store, "index").tensors("000004")[IDS].tolist() == [10, 11]
+
+
+def test_a_finished_append_names_the_wrong_model_too(here, tmp_path):
+    index = build(here, "a.jsonl", tmp_path / "ix")
+    influent.append(index, str(here / "b.jsonl"), device="cpu")
+    with pytest.raises(MismatchError, match="was built with another model"):
+        influent.append(index, str(here / "b.jsonl"), model=str(here / "other"), device="cpu")
+    again = influent.append(index, str(here / "b.jsonl"), model=str(here / "model"), device="cpu")
+    assert (again["generation"], again["rows"]) == (1, influent.info(index)["rows"])
+
+
+def test_labels_of_appended_examples_cannot_be_changed_by_appending_again(here, tmp_path):
+    index = build(here, "a.jsonl", tmp_path / "ix")
+    influent.append(index, str(here / "b.jsonl"), device="cpu")
+    records = [json.loads(line) for line in (here / "b.jsonl").read_text().splitlines()]
+    other = tmp_path / "b.jsonl"
+    other.write_text("".join(json.dumps({**record, "provider": "else"}) + "\n" for record in records))
+    with pytest.raises(DataError, match="the source or provider of number 0 is another"):
+        influent.append(index, str(other), device="cpu")
+
+
+def test_after_an_append_the_rank_of_the_earlier_fit_is_the_default(here, tmp_path):
+    index = build(here, "a.jsonl", tmp_path / "ix")
+    influent.fit(index, curvature="lowrank:3")
+    influent.append(index, str(here / "b.jsonl"), device="cpu")
+    asked = influent.query(index, **QUERIES[0], curvature="lowrank")
+    assert asked["method"]["curvature"] == "lowrank:3:relative:1"
+
+
+def test_a_missing_part_is_mended_by_the_verb_that_made_it(tmp_path, old):
+    grow(Store(tmp_path))
+    (tmp_path / "catalog-000001.json").unlink()
+    with pytest.raises(FormatError, match="run `influent append` again"):
+        Index.open(tmp_path).catalog.describe([0])

@@ -162,3 +162,26 @@ def test_what_does_not_fit_is_refused(tmp_path):
         Layout.of({"rows": "rank:1:int4", "layout": [{"block": "a", "width": 24, "factors": [5, 5]}]})
     with pytest.raises(SpecError, match="expected the canonical text 'float32'"):
         Layout.of({"rows": "dense", "layout": []})
+
+
+def test_skipped_rows_do_not_count_as_captured(tmp_path):
+    """Two of four rows are skipped: what was kept of the others is the mean."""
+    write_rows_of_rank_one(tmp_path, skipped={"no target tokens": [1, 2]})
+    index = Index.open(tmp_path)
+    kept = torch.tensor([0.25, 1.0, 1.0, 0.5])
+    assert info(index)["captured"]["blocks"]["a"] == {
+        "mean": pytest.approx(float(kept[[0, 3]].mean()), abs=2 / 255), "min": pytest.approx(0.25, abs=2 / 255)
+    }  # fmt: skip
+
+
+def write_rows_of_rank_one(folder: Path, *, skipped: dict[str, list[int]]) -> None:
+    block = {"block": "a", "kind": "linear", "in": 4, "out": 4, "width": 16, "factors": [4, 4]}
+    spec = {"data": "none", "layout": [block], "rows": "rank:1:float32"}
+    writer = IndexWriter.open(Store(folder), spec, notes={"shard_rows": 4})
+    (chunk,) = writer.pending(4)
+    sides, zeros = {name: torch.zeros(4, 1, 4) for name in ("a.u", "a.v")}, torch.zeros(4)
+    writer.write(
+        chunk, sides, loss=zeros, norm=zeros, tokens=zeros, dtype="rank:1:float32", skipped=skipped,
+        captured=torch.tensor([[0.25], [1.0], [1.0], [0.5]]),
+    )  # fmt: skip
+    writer.commit({}, files=[])

@@ -62,6 +62,9 @@ def test_a_query_rank_that_cuts_nothing_changes_nothing(place, tmp_path):
     cut = scores(index, tmp_path / "c.npy", query_rank=2)
     assert not np.allclose(cut, whole, rtol=1e-3)
     assert np.corrcoef(cut.ravel(), whole.ravel())[0, 1] > 0.9
+    kept = [influent.query(str(index), **ASK, query_rank=rank)["queries"][0]["kept"] for rank in (1, 3)]
+    assert 0 < kept[0] < kept[1] <= 1.00001
+    assert "kept" not in influent.query(str(index), **ASK)["queries"][0]
 
 
 @pytest.mark.parametrize("rule", ["paper", "release"])
@@ -147,3 +150,19 @@ def test_appending_to_a_damaged_catalog_is_one_line(place, tmp_path, capsys):
     more.write_text('{"id": "new", "text": "The money of Togo is called franc."}')
     assert run(["append", str(index), str(more)]) == 2
     assert "catalog.parquet" in capsys.readouterr().err
+
+
+def test_a_low_rank_fit_takes_no_damping(place):
+    for options in ({"damping": "relative:0.5"}, {}):
+        name = "lowrank:4" if options else "lowrank:4:relative:0.5"
+        with pytest.raises(SpecError, match="curvature lowrank:4 is fitted without a damping"):
+            influent.fit(str(place / "index"), curvature=name, **options)
+
+
+def test_flat_rows_have_no_rank(place, tmp_path):
+    with pytest.raises(SpecError, match="rows 'rank:2:bfloat16': stage 'sjlt:16' of .* leaves flat vectors"):
+        influent.index(
+            str(place / "model"), str(place / "data.jsonl"), str(tmp_path / "ix"), compress="mask:8x8 | sjlt:16",
+            rows="rank:2",
+        )  # fmt: skip
+    assert not (tmp_path / "ix").exists()

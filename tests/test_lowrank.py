@@ -18,7 +18,17 @@ from influent.damping import DEFAULT, Damping, Published
 from influent.errors import InfluentError, NumericsError, SpecError
 from influent.gradients import Flat
 from influent.gram import BlockRows
-from influent.lowrank import Sketch, Spectrum, Stored, Woodbury, spectrum_by_iteration, spectrum_of, start
+from influent.lowrank import (
+    Sketch,
+    Spectrum,
+    Stored,
+    Woodbury,
+    leading_spectrum,
+    spectrum_by_iteration,
+    spectrum_exactly,
+    spectrum_of,
+    start,
+)
 from influent.rowstore import Index, Shard
 
 RECORDED = json.loads((Path(__file__).parent / "golden" / "spectrum.json").read_text())
@@ -47,7 +57,7 @@ def powered(num_rows: int, width: int, *, seed: int = 0, exponent: float = 1.0) 
 
 
 def all_scores(index: Index, curvature, queries: Tensor) -> Tensor:
-    return sum(curvature.solver(key)(queries) @ stored(index, key).T for key in index.widths)  # type: ignore
+    return torch.stack([curvature.solver(key)(queries) @ stored(index, key).T for key in index.widths]).sum(0)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -328,9 +338,7 @@ def test_a_killed_fit_resumes_block_by_block(tmp_path, monkeypatch):
     whole = write_index(tmp_path / "whole", rows)
     fit(whole, curvature="lowrank:3", damping=DEFAULT)
     index, measured = write_index(tmp_path / "killed", rows), []
-    monkeypatch.setattr(
-        truncated, "spectrum_by_iteration", lambda x, r: measured.append(x.key) or spectrum_by_iteration(x, r)
-    )
+    monkeypatch.setattr(truncated, "leading_spectrum", lambda x, r: measured.append(x.key) or leading_spectrum(x, r))
     for block in (1, 2):
 
         def kill(stage, done, total, at=block):
@@ -418,3 +426,45 @@ def test_names(tmp_path):
         fit(index, curvature="lowrank:4", damping=DEFAULT, memory=0)
     with pytest.raises(SpecError, match="lowrank:4: all but identity need a damping"):
         fit(index, curvature="lowrank:4")
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(30, 12), (12, 30), (20, 20)])
+@pytest.mark.parametrize("rank", [3, 8, 30])
+def test_the_exact_spectrum_is_that_of_the_matrix(tmp_path, num_rows, width, rank):
+    g = powered(num_rows, width)
+    index = write_index(tmp_path / "index", {"a": g}, shard_rows=7)
+    rows = stored(index)
+    found = spectrum_exactly(BlockRows(index, "a"), rank)
+    values, vectors = torch.linalg.eigh(rows.T @ rows / num_rows)
+    m = min(num_rows, width)
+    count = min(rank + 10, m)
+    near(found.values, values.flip(0)[:count], 1e-12)
+    near(found.vectors @ found.vectors.T, vectors.flip(1)[:, :count] @ vectors.flip(1)[:, :count].T, 1e-9)
+    near(found.vectors.T @ found.vectors, torch.eye(count, dtype=torch.float64), 1e-13)
+    assert found.trace == pytest.approx(float(values.sum()), rel=1e-12)
+
+
+def test_a_rank_that_is_no_small_part_is_found_exactly(tmp_path, monkeypatch):
+    index = write_index(tmp_path / "index", random_rows(40, {"a": 24}), shard_rows=9)
+    rows, asked = BlockRows(index, "a"), []
+    monkeypatch.setattr(lowrank, "spectrum_by_iteration", lambda x, r: asked.append(r) or spectrum_by_iteration(x, r))
+    exact = spectrum_exactly(rows, 8)
+    assert len(leading_spectrum(rows, 9).values) == 19 and asked == []
+    near(leading_spectrum(rows, 8).values[:3], exact.values[:3], 1e-9)
+    assert asked == [8]
+
+
+def test_the_exact_spectrum_of_rows_of_low_rank_has_no_noise_in_it(tmp_path):
+    g = torch.randn(30, 2, generator=torch.Generator().manual_seed(3)) @ torch.ones(2, 20)
+    for shape in (g, g.T.contiguous(), g * 0):
+        found = spectrum_exactly(
+            BlockRows(write_index(tmp_path / str(shape.shape) / str(float(shape.sum())), {"a": shape}), "a"), 5
+        )
+        assert len(found.values) == found.vectors.shape[1] == (1 if bool(shape.any()) else 0)
+
+
+def test_the_paper_s_damping_is_of_r_and_ten_values_in_a_sketch_too(tmp_path):
+    index = write_index(tmp_path / "index", {"a": powered(120, 60)}, shard_rows=50)
+    found = fit(index, curvature="sketch:20", damping=Published("paper"))
+    values = torch.linalg.eigvalsh(stored(index).T @ stored(index) / 120).flip(0)
+    assert found.health()["a"]["lambda"] == pytest.approx(0.1 * float(values[:30].mean()), rel=0.1)

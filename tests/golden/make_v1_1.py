@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import make_v1
 import torch
 
 from influent import catalog
@@ -32,17 +33,7 @@ LAYOUT = [
 
 
 def spec(data: str) -> dict:
-    return {
-        "model": {"fingerprint": "blake2b-256:" + "0" * 64},
-        "data": data,
-        "task": {"name": "causal-lm", "max_length": 512},
-        "layout": LAYOUT,
-        "compress": "gauss:4x6",
-        "seed": 0,
-        "rng": 1,
-        "rows": "rank:2:int4",
-        "numerics": {"dtype": "float32", "matmul": "highest"},
-    }
+    return make_v1.spec(data) | {"layout": LAYOUT, "compress": "gauss:4x6", "rows": "rank:2:int4"}
 
 
 def write(writer: IndexWriter, chunk: Chunk) -> None:
