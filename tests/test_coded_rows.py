@@ -176,7 +176,7 @@ def test_skipped_rows_do_not_count_as_captured(tmp_path):
 
 def write_rows_of_rank_one(folder: Path, *, skipped: dict[str, list[int]]) -> None:
     block = {"block": "a", "kind": "linear", "in": 4, "out": 4, "width": 16, "factors": [4, 4]}
-    spec = {"data": "none", "layout": [block], "rows": "rank:1:float32"}
+    spec = {"data": "none", "layout": [block], "rows": "rank:1:float32", "compress": "id"}
     writer = IndexWriter.open(Store(folder), spec, notes={"shard_rows": 4})
     (chunk,) = writer.pending(4)
     sides, zeros = {name: torch.zeros(4, 1, 4) for name in ("a.u", "a.v")}, torch.zeros(4)
