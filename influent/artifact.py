@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = [1, 1]
 READER = "influent 0.1"  # the first release that reads this format; a reader that cannot says so
-KNOWN = frozenset({"codec", "append", "ensemble", "residual"})  # features beyond format 1.0 that this release reads
+KNOWN = frozenset({"codec", "append", "ensemble", "residual", "live"})  # features beyond 1.0 that this release reads
 
 
 @dataclass(frozen=True, slots=True)

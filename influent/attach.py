@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from influent import loading, selection
 from influent.bases import FOLDER, Bases, Calibration, Sample
 from influent.budget import Budget
-from influent.codec import Codec
+from influent.codec import NONE, Codec
 from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
@@ -65,6 +65,8 @@ class Setting:
             raise SpecError(f"seed is {self.seed}, expected 0 or more")
         if self.calibration < 1:
             raise SpecError(f"calibration is {self.calibration}, expected 1 row or more")
+        if self.rows == NONE and (self.compress != "id" or self.budget is not None):
+            raise SpecError("rows none: nothing is stored, so that no compressor and no size of a row can be given")
         for name, pattern in (("layers", self.layers), ("exclude", self.exclude)):
             try:
                 re.compile(pattern or "")

@@ -109,6 +109,22 @@ class Bound:
             row = m.raw(row)
         return row * self.scale
 
+    def apply(self, gradients: Float[Tensor, "B p"]) -> Float[Tensor, "B K"]:
+        """Rows of materialised gradients, p = I * O: those that their sides would have given."""
+        block = self.block
+        if not (self.inner or self.outer or self.flat) and self.weight is None:
+            return gradients
+        if block.is_vector:
+            return self.join(Flat(gradients))
+        unit = torch.eye(block.in_width, dtype=gradients.dtype, device=gradients.device)  # a position an input
+        a = self.map_in(unit[None])
+        rows = []
+        for g in gradients.unflatten(1, (block.in_width, block.out_width)).unsqueeze(
+            1
+        ):  # one at a time: p can be large
+            rows.append(self.join(Outer(a, self.map_out(g), self.in_width, self.out_width)))
+        return torch.cat(rows)
+
     def _first(self, grad: Outer) -> tuple[Tensor, tuple[Map, ...]]:
         """The flat vector after the stages that can be had without forming the gradient, and the other stages."""
         size = grad.in_width * grad.out_width

@@ -9,23 +9,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from influent import kronname
 from influent.damping import DEFAULT, LOW_RANK, Damping, Published
 from influent.ensemble import Ensemble
 from influent.errors import SpecError
+from influent.kronname import KronName
 from influent.progress import Progress
 from influent.rowstore import Index
 
 if TYPE_CHECKING:
-    from influent.curvature import Curvature
+    from influent.fitting import AnyCurvature
     from influent.truncated import Name
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A curvature as `curvature.fit` takes it."""
+    """A curvature as `curvature.fit` takes it, or, with `kron`, as `recompute.py` fits it through the model."""
 
     curvature: str
     damping: Damping | Published | None
+
+    @property
+    def kron(self) -> KronName | None:
+        name = kronname.parse(self.curvature)
+        return None if name is None or isinstance(self.damping, Published) else name.damped(self.damping)
 
 
 def choose_curvature(
@@ -37,7 +44,7 @@ def choose_curvature(
     parity: str | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
-) -> Curvature:
+) -> AnyCurvature:
     """The curvature that `check_curvature` settles on, fitted now if need be; `memory` MiB bound the rows held."""
     from influent import curvature as curvatures
 
@@ -73,6 +80,8 @@ def check_curvature(
     if name is None and own == "identity" and damping is not None:
         name = "fim"
     name = name or own
+    if (kron := kronname.parse(name)) is not None:
+        return _kron(kron, damping, rule)
     wanted, has_own = split_name(name)
     if rule is not None and wanted is None:
         raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
@@ -86,7 +95,8 @@ def check_curvature(
     if kind == "datainf" and rule is None:
         return Choice(kind, _agreed(name, Damping.parse(written) if written else None, None, damping, DEFAULT))
     if kind not in ("fim", "datainf"):
-        known = ", ".join(["identity", "fim", "lowrank:R", "sketch:R", "datainf", *curvatures.list_fitted(index)])
+        kinds = ["identity", "fim", "lowrank:R", "sketch:R", "datainf", *kronname.FORMS]
+        known = ", ".join([*kinds, *curvatures.list_fitted(index)])
         raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
     return Choice(kind, _fim_damping(index, name, written, damping))
 
@@ -144,8 +154,10 @@ def _agreed(
     return own or asked or default
 
 
-def method_facts(opened: Ensemble, fits: Sequence[Curvature]) -> dict[str, Any]:
+def method_facts(opened: Ensemble, fits: Sequence[AnyCurvature]) -> dict[str, Any]:
     """What a result says of how it was made, with the curvature fitted to each member."""
+    from influent.fitting import FullCurvature
+
     index = opened.first
     facts = {
         "name": index.notes["method"],
@@ -155,16 +167,23 @@ def method_facts(opened: Ensemble, fits: Sequence[Curvature]) -> dict[str, Any]:
         "rows": index.n,
         "health": opened.named([fitted.health() for fitted in fits]),
     }
+    for fitted in fits:
+        facts |= fitted.facts() if isinstance(fitted, FullCurvature) else {}
     return facts if opened.artifact is None else {**facts, "members": len(opened.members)}
 
 
-def check_fit(name: str, damping: str | None) -> Choice:
+def check_fit(name: str, damping: str | None, labels: str | None = None) -> Choice:
     """What `influent fit` is asked for, from a name with or without a damping (by default 0.1).
 
     Raises SpecError for a damping that identity or a fit of low rank cannot take, or a name and a damping that differ.
     """
     from influent.truncated import split_name
 
+    kron = kronname.parse(name)
+    if labels is not None and kron is None:
+        raise SpecError(f"labels {labels!r} are for kfac, ekfac and cg, got curvature {name!r}")
+    if kron is not None:
+        return _kron(kronname.with_labels(kron, labels), damping, None)
     if name == "identity":
         return Choice(name, _none(damping))
     wanted, has_own = split_name(name)
@@ -178,6 +197,13 @@ def check_fit(name: str, damping: str | None) -> Choice:
     kind, _, written = name.partition(":")
     own = Damping.parse(written) if written else None
     return Choice(kind, _agreed(name, own, None, damping, DEFAULT))
+
+
+def _kron(name: KronName, damping: str | None, rule: Published | None) -> Choice:
+    if rule is not None:
+        raise SpecError(f"parity {rule} is for a low-rank curvature: give --curvature lowrank:R with it")
+    damped = name.damped(None if damping is None else Damping.parse(damping))
+    return Choice(str(name.basis), damped.damping)
 
 
 def _none(damping: str | None) -> None:

@@ -16,6 +16,7 @@ import typer
 import influent
 from influent import cli_evaluate, cli_mask, cli_value, preflight
 from influent.errors import InfluentError
+from influent.kronname import LABELS
 from influent.options import (
     Checkpoints,
     CurvatureName,
@@ -24,6 +25,7 @@ from influent.options import (
     FitDamping,
     IndexPath,
     Json,
+    Labels,
     Memory,
     Models,
     Out,
@@ -35,7 +37,7 @@ from influent.terminal import print_document, progress_bars
 
 # click's ClickException, wherever this release of Typer keeps click
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
-METHODS = ("factgrass", "lorif", "logra", "grass", "graddot", "linfik", "trak", "tracin", "datainf")
+METHODS = ("factgrass", "lorif", "logra", "grass", "ekfac", "kfac", "graddot", "linfik", "trak", "tracin", "datainf")
 
 app = typer.Typer(
     add_completion=False,
@@ -168,10 +170,16 @@ def fit(
     index: IndexPath,
     curvature: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="fim, lowrank:R, sketch:R, datainf or identity. Default: the method's own."),
+        typer.Option(
+            metavar="NAME", help="fim, lowrank:R, sketch:R, datainf, kfac, ekfac, … Default: the method's own."
+        ),
     ] = None,
     damping: FitDamping = None,
+    labels: Labels = None,
     memory: Memory = None,
+    model: Models = None,
+    token_budget: TokenBudget = 4096,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Fit a curvature to an index.
@@ -180,9 +188,15 @@ def fit(
     """
     preflight.curvature(curvature)
     preflight.damping(damping)
-    preflight.ensemble(index)
+    preflight.choice("--labels", labels or LABELS[0], LABELS)
+    opened = preflight.ensemble(index)
+    if model is not None:
+        preflight.same_models(opened, model)
     with progress_bars() as progress:
-        document = influent.fit(index, curvature=curvature, damping=damping, memory=memory, progress=progress)
+        document = influent.fit(
+            index, curvature=curvature, damping=damping, labels=labels, memory=memory, model=model,
+            token_budget=token_budget, device=device, progress=progress,
+        )  # fmt: skip
     from influent.report import print_fit
 
     print_document(document, print_fit, json=json)
@@ -251,7 +265,10 @@ def self_influence(
     damping: Damping = None,
     parity: Parity = None,
     memory: Memory = None,
+    model: Models = None,
     out: Out = None,
+    token_budget: TokenBudget = 4096,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Rank examples by influence on themselves.
@@ -262,11 +279,14 @@ def self_influence(
     preflight.damping(damping)
     preflight.parity(parity)
     preflight.output("--out", out, (".parquet", ".csv"))
-    preflight.ensemble(index)
+    opened = preflight.ensemble(index)
+    if model is not None:
+        preflight.same_models(opened, model)
     with progress_bars() as progress:
         document = influent.self_influence(
-            index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, progress=progress
-        )
+            index, k=k, curvature=curvature, damping=damping, parity=parity, memory=memory, model=model,
+            token_budget=token_budget, device=device, progress=progress,
+        )  # fmt: skip
     from influent.report import print_self, self_records
     from influent.tables import write_table
 

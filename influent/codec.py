@@ -18,7 +18,8 @@ PER_BYTE = {"int8": 1, "int4": 2, "sign": 8}  # codes a byte
 _SHORT = {"fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "bf16": "bfloat16"}
 _SIZES = {**FLOATS, "int8": 1, "uint8": 1}
 _TEXT = re.compile(r"(?:(?P<dense>dense)|rank:(?P<rank>[1-9][0-9]*)|(?P<only>[a-z0-9]+))(?::(?P<bits>[a-z0-9]+))?")
-_HELP = f"expected dense:BITS, rank:C:BITS or BITS with BITS one of {', '.join((*FLOATS, *PER_BYTE))}"
+_HELP = f"expected dense:BITS, rank:C:BITS or BITS with BITS one of {', '.join((*FLOATS, *PER_BYTE))}; or none"
+NONE = "none"  # rows that are not stored, but made anew by whoever asks
 
 Factors = tuple[int, int]  # (a, b): widths of a row's input and output side, whose product is the row's width
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape without the leading number of rows)
@@ -28,7 +29,8 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape witho
 class Codec:
     """A row codec as a value: `str(Codec.parse(text))` is its canonical text.
 
-    `rank` is None for dense rows; `bits` is a float type, or int8, int4 or sign, which are packed and have scales.
+    `rank` is None for dense rows; `bits` is a float type, or int8, int4 or sign, which are packed and have scales, or
+    `none` if nothing is stored.
     Raises SpecError for what is none of these.
     """
 
@@ -36,16 +38,19 @@ class Codec:
     bits: str
 
     def __post_init__(self):
-        if self.bits not in FLOATS | PER_BYTE or (self.rank is not None and self.rank < 1):
+        known = self.bits in FLOATS | PER_BYTE or (self.bits == NONE and self.rank is None)
+        if not known or (self.rank is not None and self.rank < 1):
             raise SpecError(f"rows: no codec of rank {self.rank!r} and bits {self.bits!r}; {_HELP}")
 
     @staticmethod
     def parse(text: str) -> Codec:
-        """Read the grammar `dense[:BITS] | rank:C[:BITS] | BITS`; raises SpecError for anything else.
+        """Read the grammar `dense[:BITS] | rank:C[:BITS] | BITS | none`; raises SpecError for anything else.
 
         >>> [str(Codec.parse(text)) for text in ("dense", "bf16", "dense:sign", "rank:1", "rank:8:int4")]
         ['float32', 'bfloat16', 'dense:sign', 'rank:1:bfloat16', 'rank:8:int4']
         """
+        if text.strip() == NONE:
+            return Codec(None, NONE)
         match = _TEXT.fullmatch(text.strip())
         if match is None or (match["only"] and match["bits"]):
             raise SpecError(f"rows {text!r}: {_HELP}")
@@ -60,6 +65,11 @@ class Codec:
         if self.rank is not None:
             return f"rank:{self.rank}:{self.bits}"
         return f"dense:{self.bits}" if self.packed else self.bits  # a dense float codec is just its dtype
+
+    @property
+    def stored(self) -> bool:
+        """Whether there are rows at all."""
+        return self.bits != NONE
 
     @property
     def packed(self) -> bool:
@@ -77,6 +87,8 @@ class Codec:
 
     def tensors(self, key: str, width: int, factors: Factors | None) -> Layout:
         """What a shard holds of block `key`, whose rows are `width` wide: name -> (dtype, shape of one row)."""
+        if not self.stored:
+            return {}
         rank = self.stored_rank(factors)
         if rank is None or factors is None:
             parts = {key: (self._dtype, (self._length(width),))}

@@ -25,6 +25,7 @@ from influent.task import Encodes, Margins, Part, Task
 
 HELD_BYTES = 256 * 2**20  # of float32 rows of documents in several parts, while their parts are summed
 
+Rows = dict[str, Tensor]  # block -> [B, K]
 Queue = list[tuple[int, Part]]  # parts to do, each with the place of its example
 
 
@@ -36,7 +37,8 @@ class Collector:
         token_budget: a batch holds at most this many positions, padding included (at least one part).
         skip_nonfinite: give an example whose loss or gradient is not finite a zero row, instead of raising.
         target: differentiate the task's `loss` (of queries its `measure`), or for both its `margin`.
-        codec: code the rows as they will be stored. None, or one that is just a float dtype, leaves them in float32.
+        codec: code the rows as they will be stored; `none` makes no rows and takes only the losses. None, or one that
+            is just a float dtype, leaves them in float32.
     """
 
     model: nn.Module
@@ -78,7 +80,9 @@ class Collector:
         Raises:
             NumericsError: a loss or gradient is not finite; names the example (and block).
         """
-        device = device_of(self.model)
+        device, widths = device_of(self.model), self.widths
+        if self.codec is not None and not self.codec.stored:
+            widths = {}
         codec = self.codec if self.codec is not None and (self.codec.rank or self.codec.packed) else None
         out = Collected.empty(len(examples), device, residual=self.target == "margin" and not query)
         queue = [(i, part) for i, example in enumerate(examples) for part in self._parts(example, lambda i=i: name(i))]
@@ -89,7 +93,7 @@ class Collector:
         coded = None if codec is None else _Coded.empty(codec, len(examples), self.widths, self.factors, device)
         done = 0
         for members, batches in self._groups(queue, counts, len(examples), whole=coded is None):
-            held = _Held.empty(members, self.widths, device)
+            held = _Held.empty(members, widths, device)
             for batch in batches:
                 self._add(out, held, batch, name, query)
                 done += len(batch)
@@ -135,11 +139,8 @@ class Collector:
         parts = [part for _, part in batch]
         inputs, shape = inputs_of(self.task, parts, device_of(self.model))
         objective = self._objective(query)
-        make = whole.gradients if whole.is_whole(self.bound) else extract.gradients
         try:
-            rows, losses = make(
-                self.model, self.plan, bound=self.bound, batch=shape, loss=lambda: objective(self.model, inputs)
-            )
+            rows, losses = self._measure(held, shape, lambda: objective(self.model, inputs))
         except extract.NonFinite as error:
             bad = {batch[place][0] for place in error.places}
             if not self.skip_nonfinite:
@@ -163,6 +164,13 @@ class Collector:
             assert isinstance(self.task, Margins), "attach.py has checked it"
             return self.task.margin
         return self.task.measure if query else self.task.loss
+
+    def _measure(self, held: "_Held", shape: sides.Batch, loss: Callable[[], Tensor]) -> tuple[Rows, Tensor]:
+        """Rows and losses of one batch; no backward pass where no row is held."""
+        if not held.rows:
+            return {}, extract.losses(shape, loss)
+        make = whole.gradients if whole.is_whole(self.bound) else extract.gradients
+        return make(self.model, self.plan, bound=self.bound, batch=shape, loss=loss)
 
     def _check(self, out: "Collected", held: "_Held", name: Callable[[int], str], query: bool) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
@@ -227,8 +235,8 @@ class _Held:
 
     def add(self, examples: list[int], rows: dict[str, Tensor]) -> None:
         place = {i: p for p, i in enumerate(self.members)}
-        where = torch.tensor([place[i] for i in examples], device=next(iter(self.rows.values())).device)
         for key, row in rows.items():
+            where = torch.tensor([place[i] for i in examples], device=row.device)
             self.rows[key].index_add_(0, where, row.to(self.rows[key].dtype))
 
 

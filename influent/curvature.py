@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from . import datainf
+from . import datainf, kron, kronname
 from .artifact import Artifact, digest, kind_of
+from .damping import DEFAULT, Published
 from .damping import Damping as Damping
-from .damping import Published
 from .errors import DataError, NumericsError, SpecError
-from .fitting import Compute, Curvature, Health, Solver, block_rows, place, write_blocks
+from .fitting import AnyCurvature as AnyCurvature
+from .fitting import Compute, Health, Solver, block_rows, place, write_blocks
+from .fitting import Curvature as Curvature
 from .gram import (
     MEMORY,
     BlockRows,
@@ -88,17 +90,19 @@ def fit(
     damping: Damping | Published | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
-) -> Curvature:
+) -> AnyCurvature:
     """Fit a curvature to an index, or find what an earlier fit left.
 
     `curvature` is `identity`, `fim`, `datainf`, `lowrank:R` or `sketch:R` (alone: R is 512), or the name of a low-rank
-    one fitted to fewer rows. All but identity need a damping; the published rules are for low rank. What costs, the
-    Gram matrices or the eigenvectors, is shared by all dampings. Killed at any point and called again, it goes on with
-    the next block. `memory` bounds, in MiB, what is held of the rows, and results depend on it no more than by
-    rounding.
+    one fitted to fewer rows; those that need the model (kfac, ekfac) are only found here, see recompute.py. All but
+    identity need a damping; the published rules are for low rank. What costs, the Gram matrices or the eigenvectors, is
+    shared by all dampings. Killed at any point and called again, it goes on with the next block. `memory` bounds, in
+    MiB, what is held of the rows, and results depend on it no more than by rounding.
     Raises NumericsError, naming the block, for a Fisher matrix that this damping leaves singular, and SpecError for
     names that are not known and a damping that the kept precision does not carry.
     """
+    if kronname.parse(curvature) is not None:
+        return _through_model(index, curvature, damping)
     name = parse_name(curvature)
     if name is None and curvature not in ("fim", "identity", datainf.NAME):
         raise SpecError(f"curvature: expected fim, lowrank:R, sketch:R, datainf or identity, got {curvature!r}")
@@ -131,12 +135,12 @@ def list_fitted(index: RowSource) -> list[str]:
     that there were before others were appended.
     """
     mean = [] if datainf.fitted_lengths(index) is None else [datainf.NAME]
-    return [*sorted(_factored(index)), *sorted(bases(index)), *mean]
+    return [*sorted(_factored(index)), *sorted(bases(index)), *mean, *sorted(kron.fits(index))]
 
 
-def find(index: RowSource, name: str) -> Curvature:
+def find(index: RowSource, name: str) -> AnyCurvature:
     """The curvature of that name: `identity`, `fim:relative:0.1`, or `fim` if there is just one; `lowrank:512`, which
-    is then damped by relative:1, or `lowrank:512:relative:0.5`.
+    is then damped by relative:1, or `lowrank:512:relative:0.5`; `ekfac`, damped by relative:0.1, and its like.
 
     Raises SpecError, listing what there is, when it has not been fitted or the name is not enough.
     """
@@ -144,6 +148,8 @@ def find(index: RowSource, name: str) -> Curvature:
         return Identity(index)
     if name.partition(":")[0] == datainf.NAME and (mean := datainf.find_datainf(index, name)) is not None:
         return mean
+    if kronname.parse(name) is not None:
+        return _through_model(index, name, None)
     wanted = parse_name(name)
     fitted = _factored(index) if wanted is None else bases(index)
     basis = name if wanted is None else wanted.basis
@@ -162,6 +168,21 @@ def describe(index: RowSource, name: str) -> dict[str, Any]:
     found = find(index, name)
     facts = {"name": name, "health": found.health()}
     return facts | {"seen": found.seen, "stale": found.seen < 1} if isinstance(found, Truncated) else facts
+
+
+def _through_model(index: RowSource, name: str, damping: Damping | Published | None) -> AnyCurvature:
+    """K-FAC or EK-FAC, as `recompute.py` fits it; what was not fitted cannot be had without the model."""
+    wanted, fitted = kronname.parse(name), kron.fits(index)
+    assert wanted is not None
+    if isinstance(damping, Published):
+        raise SpecError(f"parity {damping} is for a low-rank curvature: give --curvature lowrank:R with it")
+    if (found := fitted.get(str(wanted.basis))) is None:
+        raise SpecError(
+            f"curvature {str(wanted.basis)!r}: not fitted: `influent fit INDEX --curvature {wanted.basis}` does it, "
+            f"through the model; there is {', '.join([*list_fitted(index), 'identity'])}"
+        )
+    amount = wanted.damped(damping).damping or DEFAULT
+    return kron.KronRows(index, found, amount) if wanted.compressed else kron.KronFull(found, amount)
 
 
 def _measure(index: RowSource, memory: int) -> Compute:

@@ -6,7 +6,7 @@ tensor hands over the output side during the backward pass, and the visitor join
 Not here: what is kept (a `Visitor`), how texts become batches (task.py, collect.py), where rows go (rowstore.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -164,21 +164,33 @@ def visit(model: nn.Module, plan: Plan, visitor: Visitor, *, batch: sides.Batch,
         LayerError: a tracked layer did not run, or its gradient cannot be told apart by example.
     """
     with torch.enable_grad(), hooked(plan, visitor, batch) as ran:
-        losses = loss()
-        if losses.shape != (batch.size,):
-            raise LayerError(
-                f"the task's loss has shape {tuple(losses.shape)}, expected one scalar per example: ({batch.size},)"
-            )
-        if not losses.requires_grad:
+        found = loss()
+        _check(found, batch)
+        if not found.requires_grad:
             raise LayerError("the loss does not depend on any tracked layer; choose other --layers")
-        finite = torch.isfinite(losses)
-        if not finite.all():
-            raise NonFinite((~finite).nonzero().flatten().tolist())
-        losses.sum().backward()
+        found.sum().backward()
     for site in plan.sites:
         if site.name not in ran:
             raise LayerError(f"layer {site.name} was not called by the model's forward pass; --exclude it")
-    return losses.detach()
+    return found.detach()
+
+
+def losses(batch: sides.Batch, loss: Callable[[], Tensor]) -> Float[Tensor, " B"]:
+    """One forward pass alone; raises as `visit` does for losses that are not finite or not one an example."""
+    with torch.no_grad():
+        found = loss()
+    _check(found, batch)
+    return found
+
+
+def _check(found: Tensor, batch: sides.Batch) -> None:
+    if found.shape != (batch.size,):
+        raise LayerError(
+            f"the task's loss has shape {tuple(found.shape)}, expected one scalar per example: ({batch.size},)"
+        )
+    finite = torch.isfinite(found)
+    if not finite.all():
+        raise NonFinite((~finite).nonzero().flatten().tolist())
 
 
 def gradients(

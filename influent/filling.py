@@ -46,7 +46,7 @@ def fill(
     with attach(model, task, setting, run, index=listed.store, sample=sample, progress=progress) as attached:
         spec = {**attached.identity, "data": listed.digest, "rows": attached.rows}
         notes = _notes(model, data, method, setting, attached)
-        notes["shard_rows"] = shard_rows or max(16, min(4096, SHARD_BYTES // _held_bytes(Layout.of(spec))))
+        notes["shard_rows"] = shard_rows or max(16, min(4096, SHARD_BYTES // max(1, _held_bytes(Layout.of(spec)))))
         writer = IndexWriter.open(listed.store, spec, notes=notes)
         if writer.committed:
             check_sizes(writer)

@@ -59,6 +59,21 @@ class Curvature(Protocol):
     def health(self) -> Health: ...
 
 
+@runtime_checkable
+class FullCurvature(Protocol):
+    """A fitted curvature of uncompressed gradients: it acts before the compressor, on all blocks of some queries."""
+
+    name: str
+    digest: str
+
+    def precondition(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def health(self) -> Health: ...
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how it was solved, beside the health."""
+        ...
+
+
+AnyCurvature = Curvature | FullCurvature
 Compute = Callable[[str], tuple[Mapping[str, Tensor], dict[str, Any]]]
 
 

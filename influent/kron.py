@@ -116,9 +116,11 @@ class Fitting:
             return Artifact.open(writer.store, FACTORS)
         loss = self._loss(passes, "factors")
         for group, stage in self._groups(writer, lambda block: num_bytes(block, "kfac", self._bound(block)), "factors"):
-            moments = Moments(group, "kfac", device_of(passes.model), bound=self.maps)
+            moments = Moments(group, "kfac", device_of(passes.model), bound=self.maps, masked=True)
             count = 0
-            for items in passes.walk(moments, loss, blocks=group, stage=stage, progress=self.progress):
+            for items in passes.walk(
+                moments, loss, blocks=group, before=moments.only, stage=stage, progress=self.progress
+            ):
                 moments.finish(0)
                 count += sum(item.number == 0 for item in items)
             moments.num_examples = max(1, count)
@@ -355,6 +357,9 @@ class KronFull:
 
     def health(self) -> Health:
         return self.fitted.health(self.damping)
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
 
 def _identity(fitted: Fitted, damping: Damping) -> str:

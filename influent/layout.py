@@ -60,7 +60,12 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether rows are stored as they are, in a float dtype."""
-        return self.codec.rank is None and not self.codec.packed
+        return self.codec.rank is None and not self.codec.packed and self.codec.stored
+
+    @property
+    def stats(self) -> dict[str, str]:
+        """The tensor of each number that is kept of a row beside its blocks; without rows nothing knows the norm."""
+        return {name: tensor for name, tensor in STATS.items() if name != "norm" or self.codec.stored}
 
     @property
     def row_bytes(self) -> int:
@@ -81,7 +86,7 @@ class Layout:
         """Every tensor of a shard of `n` rows."""
         held = self.rows(n)
         held[IDS] = ("int64", (n,))
-        held.update((name, ("float32", (n,))) for name in STATS.values())
+        held.update((name, ("float32", (n,))) for name in self.stats.values())
         if self.has_residual:
             held[RESIDUAL] = ("float32", (n,))
         if self.has_captured:

@@ -18,7 +18,7 @@ from influent import ensemble as ensembles
 from influent import rowstore
 from influent.artifact import Artifact
 from influent.catalog import Catalog
-from influent.choosing import check_fit, choose_curvature, method_facts
+from influent.choosing import check_curvature, check_fit, method_facts
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.ensemble import Ensemble
@@ -93,6 +93,8 @@ METHODS: dict[str, Method] = {
     "datainf": Method("loss", _factgrass, "datainf"),
     "trak": Method("margin", _flat, "fim", key="all", scale="residual"),
     "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
+    "kfac": Method("loss", lambda side: "id", "kfac", lambda side: "none"),
+    "ekfac": Method("loss", lambda side: "id", "ekfac", lambda side: "none"),
 }
 
 
@@ -235,17 +237,27 @@ def fit(
     *,
     curvature: str | None = None,
     damping: str | None = None,
+    labels: str | None = None,
     memory: int | None = None,
+    model: Any = None,
+    data: Any = None,
+    token_budget: int = 4096,
+    device: str | None = None,
+    task: Task | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit a curvature to an index. The costly part, Gram matrices or eigenvectors, is shared by all dampings.
 
     Args:
         curvature: `fim` (the block-diagonal empirical Fisher matrix), `lowrank:512` (its leading eigenvectors),
-            `sketch:512` (the same from one pass, and from the new rows alone once rows are appended) or `identity`.
-            By default the method's own, or fim if that is identity.
+            `sketch:512` (the same from one pass, and from the new rows alone once rows are appended) or `identity`; or,
+            through the model, `kfac` or `ekfac` of whole gradients, which then act on a query before its compressor,
+            `ekfac:compressed` of the compressed sides. By default the method's own, or fim if that is identity.
         damping: `relative:0.1` of each block's mean eigenvalue (the default; 1 of low rank), or `absolute:1e-3`.
-        memory: MiB for the rows that are held at a time; 256 by default. Results do not depend on it.
+        labels: for kfac and ekfac `sampled` from the model (the default) or `empirical`: the data's.
+        memory: MiB for the rows that are held at a time (256 by default), or for the layers of kfac and ekfac (2,048).
+            Results do not depend on it.
+        model, task, data: for kfac and ekfac, as for `query`.
 
     Returns:
         `{"name", "curvature", "damping", "health": {block: {"lambda", "trace", "d_eff", "form"}}}`; of low rank also
@@ -255,12 +267,18 @@ def fit(
 
     opened = Ensemble.open(index)
     own = own_curvature(opened.first) if curvature is None else curvature
-    wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping)
-    memory = curvatures.MEMORY if memory is None else memory
-    fitted = [
-        curvatures.fit(member, curvature=wanted.curvature, damping=wanted.damping, memory=memory, progress=progress)
-        for member in opened.members
-    ]
+    wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping, labels)
+    if wanted.kron is not None:
+        from influent.recompute import remodelled
+
+        models = remodelled(opened, model, task, data, token_budget=token_budget, device=device)
+        fitted = [again.settle(wanted, memory=memory, progress=progress) for again in models]
+    else:
+        rows = curvatures.MEMORY if memory is None else memory
+        fitted = [
+            curvatures.fit(member, curvature=wanted.curvature, damping=wanted.damping, memory=rows, progress=progress)
+            for member in opened.members
+        ]
     shown = None if wanted.damping is None else str(wanted.damping)
     health = opened.named([each.health() for each in fitted])
     return {"name": fitted[0].name, "curvature": wanted.curvature, "damping": shown, "health": health}
@@ -274,6 +292,11 @@ def self_influence(
     damping: str | None = None,
     parity: str | None = None,
     memory: int | None = None,
+    model: Any = None,
+    data: Any = None,
+    token_budget: int = 4096,
+    device: str | None = None,
+    task: Task | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The rows with the largest g (F + lambda I)^-1 g: outliers, and wrong or planted labels, come first.
@@ -281,25 +304,41 @@ def self_influence(
     Args:
         parity: `paper` or `release`: LoRIF's published rule in place of a damping, for a low-rank curvature.
         memory: MiB for the rows that are held at a time; 256 by default. Results do not depend on it.
+        model, task, data: for kfac, ekfac and rows that are not stored, as for `query`.
 
     Returns:
         `{"rows": [{"row", "id", "score", "source", "provider", "text"}], "method": {...}}`, larger first.
     """
     import torch
 
+    from influent import curvature as curvatures
     from influent import score
+    from influent.recompute import remodelled
     from influent.reduce import TopK
 
     opened = Ensemble.open(index)
-    values = torch.zeros(opened.n, dtype=torch.float64)
-    fits = []
-    for member, weight in zip(opened.members, opened.weights, strict=True):
-        fits.append(
-            choose_curvature(
-                member, curvature, damping, own=own_curvature(member), parity=parity, memory=memory, progress=progress
+    choices = [
+        check_curvature(member, curvature, damping, own=own_curvature(member), parity=parity)
+        for member in opened.members
+    ]
+    values, fits = torch.zeros(opened.n, dtype=torch.float64), []
+    if any(choice.kron is not None for choice in choices) or not opened.first.codec.stored:
+        models = remodelled(opened, model, task, data, token_budget=token_budget, device=device)
+        for again, choice, weight in zip(models, choices, opened.weights, strict=True):
+            fits.append(again.settle(choice, memory=memory, progress=progress))
+            values += weight * again.self_influence(fits[-1], progress=progress).double()
+    else:
+        for member, choice, weight in zip(opened.members, choices, opened.weights, strict=True):
+            fits.append(
+                curvatures.fit(
+                    member,
+                    curvature=choice.curvature,
+                    damping=choice.damping,
+                    progress=progress,
+                    memory=curvatures.MEMORY if memory is None else memory,
+                )
             )
-        )
-        values += weight * score.self_influence(member, fits[-1], progress=progress).double()
+            values += weight * score.self_influence(member, fits[-1], progress=progress).double()
     if (scale := scale_of(opened)) is not None:
         values *= scale.double()
     top = TopK(k)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from influent.bind import Bound
@@ -79,12 +79,21 @@ class Moments:
 
     Args:
         bound: take the moments of the sides as these maps compress them.
+        masked: which positions count with `kfac` is told by `only` for each batch. Otherwise those that have an output
+            gradient; an example that has none but rounding is then counted or not as chance will have it.
     """
 
     def __init__(
-        self, blocks: Iterable[Block], kind: str, device: torch.device, *, bound: Mapping[str, Bound] | None = None
+        self,
+        blocks: Iterable[Block],
+        kind: str,
+        device: torch.device,
+        *,
+        bound: Mapping[str, Bound] | None = None,
+        masked: bool = False,
     ) -> None:
-        self.kind = kind
+        self.kind, self.masked = kind, masked
+        self._mask: Tensor | None = None
         self.sums: dict[str, Sided] = {}
         for block in blocks:
             sizes = shapes(block, kind, None if bound is None else bound[block.name])
@@ -104,6 +113,10 @@ class Moments:
     def vector(self, site: Site, gradient: Float[Tensor, "B K"]) -> None:
         self._pairs.vector(site, gradient)
 
+    def only(self, mask: Bool[Tensor, "B T"] | None) -> None:
+        """Before a batch: the positions that count, of layers that have these positions; all of other layers."""
+        self._mask = mask
+
     def finish(self, size: int) -> None:
         """End a batch of `size` examples."""
         self._pairs.finish()
@@ -115,10 +128,18 @@ class Moments:
 
     def add(self, block: Block, a: Float[Tensor, "B T I"], d: Side) -> None:
         if self.kind == "kfac":
-            live = _live(d if d.is_floating_point() and block.kind != "embedding" else a)
+            live = self._counting(block, a, d)
             self._add_positions(block.name, a[live], d[live])
         else:
             self._add_gradients(block, a, d)
+
+    def _counting(self, block: Block, a: Tensor, d: Side) -> Bool[Tensor, "B T"]:
+        looked_up = block.kind == "embedding" or not d.is_floating_point()  # then `a` is the gradient: see layers.py
+        if not self.masked:
+            return _live(a if looked_up else d)
+        fits = self._mask is not None and self._mask.shape == a.shape[:2]
+        counting = self._mask if fits and self._mask is not None else a.new_ones(a.shape[:2], dtype=torch.bool)
+        return counting & (a != 0).any(dim=-1) if looked_up else counting
 
     def add_vector(self, block: Block, g: Float[Tensor, "B K"]) -> None:
         self.sums[block.name]["flat"] += g.T @ g

@@ -36,7 +36,12 @@ CurvatureName = Annotated[
 Parity = Annotated[
     str | None, typer.Option(metavar="RULE", help="LoRIF's published damping: paper or release (for lowrank, sketch).")
 ]
-Memory = Annotated[int | None, typer.Option(metavar="MIB", min=1, help="For the rows held at a time. Default: 256.")]
+Labels = Annotated[
+    str | None, typer.Option(metavar="KIND", help="kfac, ekfac: sampled from the model (default) or empirical.")
+]
+Memory = Annotated[
+    int | None, typer.Option(metavar="MIB", min=1, help="For the rows (or layers) held. Default: 256 (ekfac 2,048).")
+]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, … Default: the first accelerator, else cpu.")
 ]

@@ -18,7 +18,7 @@ from influent.extract import NonFinite, Visitor, visit
 from influent.layers import Block, Plan, device_of
 from influent.progress import Progress
 from influent.rng import Stream
-from influent.task import Encodes, Part, Samples, Task
+from influent.task import Encodes, Masks, Part, Samples, Task
 
 CHUNK = 512  # rows whose parts are held, to be packed by length
 
@@ -59,6 +59,19 @@ class Passes:
             for batch in pack([(place, item.part) for place, item in enumerate(items)], self.token_budget):
                 yield [items[place] for place, _ in batch]
 
+    def by_rows(self) -> Iterator[tuple[list[Item], bool]]:
+        """The items packed so that a batch is of whole rows (False), or of one row that has several parts (True); the
+        batches of such a row follow each other."""
+        for lo in range(0, len(self.rows), CHUNK):
+            found = [items for row in self.rows[lo : lo + CHUNK] if (items := self.items(row))]
+            whole = [items[0] for items in found if len(items) == 1]
+            for batch in pack([(place, item.part) for place, item in enumerate(whole)], self.token_budget):
+                yield [whole[place] for place, _ in batch], False
+            for items in found:
+                if len(items) > 1:
+                    for batch in pack([(item.number, item.part) for item in items], self.token_budget):
+                        yield [items[number] for number, _ in batch], True
+
     def items(self, row: int) -> list[Item]:
         example = self.sample.example(self.task, row)
         if not isinstance(self.task, Encodes):
@@ -74,25 +87,36 @@ class Passes:
         loss: Loss,
         *,
         blocks: Sequence[Block] | None = None,
+        before: Callable[[Tensor | None], None] | None = None,
         stage: str = "",
         progress: Progress | None = None,
     ) -> Iterator[list[Item]]:
-        """One pass; yields each batch's items once its blocks (all, or the given ones) are with the visitor.
+        """One pass; yields each batch's items once its blocks (all, or the given ones) are with the visitor. `before`
+        each batch is told which of its positions count [B, T], if the task knows.
 
         Raises:
             NumericsError: a loss is not finite; names the row.
         """
         plan, done = self._only(blocks), 0
         for items in self.batches():
-            self.visit(visitor, loss, items, plan)
+            self.visit(visitor, loss, items, plan, before)
             yield items
             done += sum(item.number == 0 for item in items)
             if progress is not None:
                 progress(stage, done, len(self.rows))
 
-    def visit(self, visitor: Visitor, loss: Loss, items: Sequence[Item], plan: Plan) -> Tensor:
+    def visit(
+        self,
+        visitor: Visitor,
+        loss: Loss,
+        items: Sequence[Item],
+        plan: Plan,
+        before: Callable[[Tensor | None], None] | None = None,
+    ) -> Tensor:
         """The losses of one batch, whose blocks go to the visitor; raises as `walk`."""
         inputs, shape = inputs_of(self.task, [item.part for item in items], device_of(self.model))
+        if before is not None:
+            before(self.task.mask(inputs) if isinstance(self.task, Masks) else None)
         try:
             return visit(self.model, plan, visitor, batch=shape, loss=lambda: loss(inputs, items))
         except NonFinite as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from influent import hub
+from influent import hub, kronname
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.damping import PUBLISHED, Damping
@@ -85,8 +85,10 @@ def parity(rule: str | None) -> str | None:
 def curvature(name: str | None) -> str | None:
     """A curvature's name as far as it can be judged without an index; SpecError for an unknown kind."""
     kinds = ("fim", "lowrank", "sketch", "datainf", "identity")
-    if name is not None and name.partition(":")[0] not in kinds:
-        raise SpecError(f"--curvature: expected fim, lowrank:R, sketch:R, datainf or identity, got {name!r}")
+    if name is not None and kronname.parse(name) is None and name.partition(":")[0] not in kinds:
+        raise SpecError(
+            f"--curvature: expected fim, lowrank:R, sketch:R, datainf, kfac, ekfac or identity, got {name!r}"
+        )
     return name
 
 

@@ -5,6 +5,7 @@ Not here: the queries' gradients and curvature (solving.py), the arithmetic (sco
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from influent import baselines, score
-from influent.attach import Run, Setting, attach, check_same
+from influent.attach import Run, Setting
 from influent.checkpoints import Checkpoint, instances
-from influent.choosing import choose_curvature, method_facts
-from influent.curvature import Curvature
+from influent.choosing import check_curvature, method_facts
 from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
+from influent.fitting import AnyCurvature
+from influent.gram import MEMORY
 from influent.methods import METHODS, own_curvature, scale_of
 from influent.mixing import check_mix
 from influent.progress import Progress
+from influent.recompute import Recomputed, reattached
 from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
 from influent.rowstore import Index
@@ -52,6 +55,7 @@ def query(
     query_rank: int | None = None,
     memory: int | None = None,
     model: Checkpoint | Sequence[Checkpoint] | None = None,
+    data: Any = None,
     scores: str | None = None,
     token_budget: int = 4096,
     device: str | None = None,
@@ -69,8 +73,10 @@ def query(
         mix: the share, above 0 and below 1, of the queries' own rows in the Fisher matrix; what all queries have in
             common then counts for less.
         query_rank: cut each preconditioned query to this rank in every layer: less work a row, coarser scores.
-        memory: MiB for the rows that a fit holds at a time; 256 by default. Results do not depend on it.
+        memory: MiB for the rows that a fit holds at a time, or the layers of kfac and ekfac, and for whole gradients
+            of queries; 256 by default (of kfac and ekfac 2,048). Results do not depend on it.
         model: what was indexed, if the index cannot tell or it has moved; of an ensemble a sequence, one a checkpoint.
+        data: the training data, for a task without records and a curvature, or rows, that are made of it anew.
         scores: write the whole matrix, queries x rows, float32, to this .npy file.
 
     Returns:
@@ -86,28 +92,25 @@ def query(
         raise SpecError(f"query_rank is {query_rank}, expected 1 or more")
     opened = Ensemble.open(index)
     codec = opened.first.codec
-    if query_rank is not None and not any(map(codec.stored_rank, opened.first.factors.values())):
+    if query_rank is not None and codec.stored and not any(map(codec.stored_rank, opened.first.factors.values())):
         raise SpecError(f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {codec}")
     models = models_of(model, opened)
     examples, shown = read_queries(_given(prompt, completion, queries), task)
     asked = Asked(examples, None if control is None else read_queries(control, task)[0])
     words = [display_text(content) for content in shown]
-    fits = [
-        choose_curvature(
-            member, curvature, damping, own=own_curvature(member), parity=parity, memory=memory, progress=progress
-        )
+    choices = [
+        check_curvature(member, curvature, damping, own=own_curvature(member), parity=parity)
         for member in opened.members
     ]
     if mix is not None:
         check_mix(mix, fits[0].name, normalize)
     run = Run(token_budget=token_budget, device=device)
-    members = []
-    for member, weight, fitted, each in zip(opened.members, opened.weights, fits, instances(models), strict=True):
-        with attach(each, task, setting_of(member), run, index=member.store) as attached:
-            check_same(member, attached)
-            solved = solve(attached, member, fitted, asked, published=parity is not None, mix=mix, progress=progress)
-        own = score.self_influence(member, fitted, progress=progress) if normalize == "relatif" else None
-        members.append(score.Member(member, solved, weight, own))
+    members, fits = [], []
+    for member, weight, choice, each in zip(opened.members, opened.weights, choices, instances(models), strict=True):
+        with reattached(member, each, task, run, data) as again:
+            fits.append(again.settle(choice, memory=memory, progress=progress))
+            answered = _answer(again, fits[-1], asked, parity, mix, normalize, query_rank, memory, progress)
+            members.append(replace(answered, weight=weight))
     if asked.controls is not None:
         words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
         shown = [{"text": f"mean of {len(examples)} queries minus mean of {len(asked.controls)} controls"}]
@@ -128,6 +131,32 @@ def query(
         for entry, kept in zip(document["queries"], torch.stack(energies).mean(0).tolist(), strict=True):
             entry["kept"] = kept
     return document
+
+
+def _answer(
+    again: Recomputed,
+    fitted: AnyCurvature,
+    asked: Asked,
+    parity: str | None,
+    mix: float | None,
+    normalize: str,
+    query_rank: int | None,
+    memory: int | None,
+    progress: Progress | None,
+) -> score.Member:
+    """The queries of one member, solved; and their scores, where its rows are not stored."""
+    index = again.index
+    solved = solve(
+        again.attached, index, fitted, asked, published=parity is not None, mix=mix, memory=memory or MEMORY,
+        progress=progress,
+    )  # fmt: skip
+    own = again.self_influence(fitted, progress=progress) if normalize == "relatif" else None
+    if index.codec.stored:
+        return score.Member(index, solved, self_influence=own)
+    found = again.scores(
+        solved, normalize=normalize, self_influence=own, query_rank=query_rank, progress=progress
+    )  # fmt: skip
+    return score.Member(index, {}, scores=found)
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:
@@ -196,7 +225,7 @@ def _save(matrix: Tensor, path: str) -> None:
 
 def _document(
     opened: Ensemble,
-    fits: Sequence[Curvature],
+    fits: Sequence[AnyCurvature],
     shown: Sequence[dict[str, Any]],
     found: dict[str, Any],
     drawn: Sequence[Sequence[int]],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact import Artifact, Record, content, kind_of
 from .codec import Codec, Factors
 from .errors import CorruptError, InfluentError, LayerError, SpecError
-from .layout import CAPTURED, IDS, RESIDUAL, STATS, Layout, Tensors, first_gap, num_rows
+from .layout import CAPTURED, IDS, RESIDUAL, Layout, Tensors, first_gap, num_rows
 from .payload import Payload
 from .storage import Store
 
@@ -44,6 +44,11 @@ class Shard:
         from .coding import decode
 
         layout, payload = self._index.layout, self._index.artifact.tensors(self.name)
+        if not layout.codec.stored:
+            raise SpecError(
+                f"{self._index.path}: stores no rows (rows none); ask it with --curvature kfac, ekfac or identity, or "
+                "index again with --rows float32"
+            )
         size = self.hi - self.lo
         end = size if hi is None else hi
         tensors = {
@@ -80,12 +85,13 @@ class Shard:
         return self._read(IDS, "int64", (len(self),))
 
     def stat(self, name: str) -> torch.Tensor:
-        """ "loss", "norm" or "tokens" of each row, and of rows of margins "residual": [n] float32."""
+        """ "loss", "norm" or "tokens" of each row, and of rows of margins "residual": [n] float32; an index without
+        rows has no norms (KeyError)."""
         if name == "residual":
             if not self._index.layout.has_residual:
                 raise SpecError(f"{self._index.path}: its rows have no residual: they are not of the target margin")
             return self._read(RESIDUAL, "float32", (len(self),))
-        return self._read(STATS[name], "float32", (len(self),))
+        return self._read(self._index.layout.stats[name], "float32", (len(self),))
 
     def check(self) -> None:
         """Raises CorruptError, naming the shard, unless every byte is as committed; once per opened index.

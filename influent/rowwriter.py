@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact import ArtifactWriter, Record
 from .codec import Codec, Factors
 from .errors import FormatError, MismatchError, NumericsError
-from .layout import CAPTURED, CATALOG, IDS, RESIDUAL, STATS, Layout, first_gap, num_rows, with_factors
+from .layout import CAPTURED, CATALOG, IDS, RESIDUAL, Layout, first_gap, num_rows, with_factors
 from .storage import Store
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class IndexWriter:
         two blocks would store tensors of one name.
         """
         layout = Layout.of(spec)  # what cannot be written must not be begun
-        requires = [*([] if layout.is_plain else ["codec"]), *(["residual"] if layout.has_residual else [])]
+        requires = [] if layout.is_plain else ["codec"] if layout.codec.stored else ["live"]
+        requires += ["residual"] if layout.has_residual else []
         return cls(ArtifactWriter.open(Store.at(path), "index", spec, notes=notes, requires=requires))
 
     @classmethod
@@ -117,8 +118,9 @@ class IndexWriter:
             raise MismatchError(f"{self.store}: rows of {dtype} offered to an index of {self.spec['rows']} rows")
         n = chunk.hi - chunk.lo
         tensors: dict[str, torch.Tensor] = {IDS: torch.arange(chunk.lo, chunk.hi, dtype=torch.int64)}
-        for name, values in (("loss", loss), ("norm", norm), ("tokens", tokens)):
-            tensors[STATS[name]] = _checked(name, values, (n,), "float32", chunk.lo)
+        given = {"loss": loss, "norm": norm, "tokens": tokens}
+        for name, tensor in self.layout.stats.items():
+            tensors[tensor] = _checked(name, given[name], (n,), "float32", chunk.lo)
         if (residual is not None) != self.layout.has_residual:
             raise MismatchError(f"{self.store}: `residual` goes with rows of the target margin")
         if residual is not None:

@@ -37,13 +37,15 @@ class Member:
     """Rows, what is asked of them, and the weight of the answer.
 
     `queries` are block -> [Q, K], preconditioned if a curvature is wanted; `self_influence` [N] is that of these rows
-    under the same curvature, for relatif alone.
+    under the same curvature, for relatif alone. `scores` [Q, N], normalised already, stand in for rows that are not
+    stored.
     """
 
     index: RowSource
     queries: Queries
     weight: float = 1.0
     self_influence: Float[Tensor, " N"] | None = None
+    scores: Float[Tensor, "Q N"] | None = None
 
 
 def score(
@@ -84,7 +86,7 @@ def score_members(
     for values that are not finite, and CorruptError, naming the shard, when its bytes are not the committed ones.
     """
     num_queries = _check_members(members, normalize, scale)
-    scorers = [_Scorer.of(member, normalize, query_rank) for member in members]
+    scorers = [_Given.of(m) or _Scorer.of(m, normalize, query_rank) for m in members]
     accumulators = {name: reducer.empty(num_queries) for name, reducer in reducers.items()}
     size, n = max(1, WINDOW_SCORES // num_queries), members[0].index.n
     with _full_float32():
@@ -203,6 +205,21 @@ class _Scorer:
         return scores if self.weight == 1 else scores * self.weight
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Given:
+    """A member whose scores are there already."""
+
+    scores: Float[Tensor, "Q N"]
+    weight: float
+
+    @staticmethod
+    def of(member: Member) -> "_Given | None":
+        return None if member.scores is None else _Given(member.scores, member.weight)
+
+    def __call__(self, shard: Shard, lo: int, hi: int) -> Float[Tensor, "Q n"]:
+        return self.scores[:, lo:hi].double() * self.weight
+
+
 def _windows(indexes: Sequence[RowSource], size: int) -> Iterator[tuple[int, int, list[Shard]]]:
     """(lo, hi, the shard of each index that holds these rows): all rows in order, at most `size` at a time."""
     with ThreadPoolExecutor(1) as pool:
@@ -236,7 +253,10 @@ def _check_members(members: Sequence[Member], normalize: str, scale: Tensor | No
     """The number of queries; an error for members that do not fit together."""
     if not members:
         raise DataError("score: expected at least one member, got none")
-    counts = [_check(m.index, m.queries, normalize, m.self_influence) for m in members]
+    counts = [
+        _check(m.index, m.queries, normalize, m.self_influence) if m.scores is None else _check_given(m.index, m.scores)
+        for m in members
+    ]
     for number, (member, count) in enumerate(zip(members, counts, strict=True)):
         if (got := (member.index.n, count)) != (wanted := (members[0].index.n, counts[0])):
             raise MismatchError(
@@ -270,6 +290,12 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
             query = int((~q.isfinite()).any(dim=1).nonzero()[0])
             raise NumericsError(f"query {query}, block {key!r}: its gradient is not finite: look at the query's loss")
     return counts.pop()
+
+
+def _check_given(index: RowSource, scores: Tensor) -> int:
+    if scores.ndim != 2 or scores.shape[1] != index.n or not bool(scores.isfinite().all()):
+        raise MismatchError(f"scores: expected finite ones, queries x {index.n} rows, got {list(scores.shape)}")
+    return len(scores)
 
 
 def _check_self_influence(index: RowSource, h: Tensor) -> None:

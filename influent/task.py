@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,6 +78,22 @@ class Margins(Protocol):
         ...
 
 
+@runtime_checkable
+class Masks(Protocol):
+    """The capability to say which positions of a batch count: padding, and what no target depends on, do not."""
+
+    def mask(self, batch: Any) -> Bool[Tensor, "B T"]: ...
+
+
+@runtime_checkable
+class Logits(Protocol):
+    """The capability of tasks whose loss is a weighted sum of cross-entropies, which the Gauss-Newton matrix needs."""
+
+    def logits(self, model: nn.Module, batch: Any) -> tuple[Float[Tensor, "n V"], Float[Tensor, " n"]]:
+        """The logits of everything that the batch's loss predicts, and the weight of each."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B])."""
@@ -99,6 +115,10 @@ class Classification:
         logits = model(batch[0])
         drawn = draw_labels(logits, torch.tensor([stream.uniforms(1)[0] for stream in streams]))
         return functional.cross_entropy(logits, drawn, reduction="none")
+
+    def logits(self, model: nn.Module, batch: Any) -> tuple[Float[Tensor, "n V"], Float[Tensor, " n"]]:
+        found = model(batch[0])
+        return found, found.new_ones(len(found))
 
 
 @dataclass(frozen=True)
@@ -251,12 +271,22 @@ class CausalLM:
         ones = _by_row(torch.ones_like(each), at, logits, torch.ones(len(logits)))
         return _by_row(each, at, logits, 1 / ones.clamp(min=1))
 
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Float[Tensor, "n V"], Float[Tensor, " n"]]:
+        logits, at, _ = self._targets(model, batch)
+        found = logits.flatten(0, 1)[at]
+        return found, batch["weight"].to(found.device, torch.float32)[at // logits.shape[1]]
+
     def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, T, V], the places in B * T from which a target is predicted, and the targets."""
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
         at = (labels != -100).nonzero().flatten()
         return logits, at, labels[at]
+
+    def mask(self, batch: dict[str, Tensor]) -> Bool[Tensor, "B T"]:
+        """Positions before a row's last target."""
+        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+        return targets.flip(1).cummax(dim=1).values.flip(1)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """The query's own loss: a positive score means that training on the example lowered it."""

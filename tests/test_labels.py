@@ -50,3 +50,11 @@ def test_a_text_gets_the_same_labels_in_any_batch(reduction, tmp_path):
         own = task.loss(model, inputs_of(task, parts, torch.device("cpu"))[0])
     torch.testing.assert_close(together, torch.cat(each))
     assert not torch.isclose(together, own).any(), "drawn, not the data's"
+
+
+def test_positions_count_up_to_the_last_target(tmp_path):
+    _, tokenizer = load(str(make_model(tmp_path / "model")), dtype="float32", device="cpu")
+    task = CausalLM(tokenizer)
+    labels = torch.tensor([[-100, 1, 2, -100, -100], [-100, -100, -100, 3, 4], [-100, -100, 5, -100, -100]])
+    expected = [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    assert task.mask({"labels": labels}).int().tolist() == expected

@@ -407,11 +407,11 @@ def test_the_curvature_that_is_meant(bare, fitted, name, damping, expected):
     ("name", "damping", "message"),
     [
         (
-            "kfac",
+            "newton",
             None,
-            "'kfac' is not known; expected one of identity, fim, lowrank:R, sketch:R, datainf, fim:absolute:2",
+            "'newton' is not known; expected one of identity, fim, lowrank:R, sketch:R, datainf, kfac, ekfac",
         ),
-        ("kfac", "absolute:2", "'kfac' is not known"),
+        ("newton", "absolute:2", "'newton' is not known"),
         ("identity:1", None, "'identity:1' is not known"),
         ("identity", "absolute:2", "takes no damping"),
         ("fim:absolute:2", "absolute:3", "curvature 'fim:absolute:2' and damping 'absolute:3' differ: give one"),
