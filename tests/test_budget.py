@@ -15,7 +15,8 @@ from influent.errors import SpecError
 from influent.layers import plan
 from influent.methods import METHODS
 
-FIXED = {name: method for name, method in METHODS.items() if name != "lorif"}  # lorif's bases need data to be bound
+# lorif's bases need data to be bound; a method that stores no rows has none to size.
+FIXED = {name: method for name, method in METHODS.items() if name != "lorif" and method.rows != "none"}
 LAYERS = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5), nn.LayerNorm(5), nn.Linear(5, 40))
 
 

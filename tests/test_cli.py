@@ -84,7 +84,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["index", "model", "./nowhere.jsonl", "-o", "new"], "./nowhere.jsonl: no such file or folder"),
     (["index", "model", "empty", "-o", "new"], "empty: the folder holds no data file"),
     # options
-    ([*INDEX, "--method", "magic"], "--method: expected factgrass, lorif, logra, grass, ekfac, kfac, graddot or"),
+    ([*INDEX, "--method", "magic"], "--method: expected factgrass, lorif, logra, grass, ekfac, kfac, graddot"),
     ([*INDEX, "--compress", "zip:4"], "compressor 'zip:4': stage 'zip:4' is not known"),
     ([*INDEX, "--rows", "int3"], "rows 'int3': 'int3' is not known; expected dense:BITS, rank:C:BITS"),
     ([*INDEX, "--dtype", "float8"], "--dtype: expected float32, bfloat16 or float16, got 'float8'"),
