@@ -239,7 +239,11 @@ def test_a_damaged_spec_is_named(tmp_path, text):
 
 def test_bad_input(tmp_path):
     index = write_index(tmp_path / "index", random_rows(12, {"a": 4}))
-    with pytest.raises(SpecError, match="expected fim, lowrank:R, sketch:R, datainf or identity, got 'kfac'"):
+    with pytest.raises(SpecError, match="expected fim, lowrank:R, sketch:R, datainf or identity, got 'newton'"):
+        fit(index, curvature="newton", damping=Damping("relative", 0.1))
+    with pytest.raises(
+        SpecError, match="'kfac': not fitted: `influent fit INDEX --curvature kfac` does it, through the"
+    ):
         fit(index, curvature="kfac", damping=Damping("relative", 0.1))
     with pytest.raises(SpecError, match="fim: all but identity need a damping"):
         fit(index)
