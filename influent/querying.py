@@ -103,7 +103,7 @@ def query(
         for member in opened.members
     ]
     if mix is not None:
-        check_mix(mix, fits[0].name, normalize)
+        check_mix(mix, choices[0].curvature, normalize)
     run = Run(token_budget=token_budget, device=device)
     members, fits = [], []
     for member, weight, choice, each in zip(opened.members, opened.weights, choices, instances(models), strict=True):
@@ -126,7 +126,7 @@ def query(
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
     chosen = {"normalize": normalize} if mix is None else {"normalize": normalize, "mix": mix}
     document = _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, chosen=chosen)
-    if query_rank is not None:
+    if query_rank is not None and codec.stored:
         energies = [score.query_energy(member.index, member.queries, query_rank) for member in members]
         for entry, kept in zip(document["queries"], torch.stack(energies).mean(0).tolist(), strict=True):
             entry["kept"] = kept

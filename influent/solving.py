@@ -15,7 +15,7 @@ from influent import mixing, score
 from influent.attach import Attached
 from influent.collect import Collector
 from influent.compress import Compress
-from influent.errors import DataError
+from influent.errors import DataError, SpecError
 from influent.fitting import AnyCurvature, FullCurvature
 from influent.gram import MEMORY
 from influent.kernels import prepare

@@ -182,6 +182,11 @@ def test_queries_cut_to_a_rank(here):
     close(scores_of(here, "live", query_rank=100), whole)
 
 
+def test_a_curvature_of_whole_gradients_takes_no_mix(here):
+    with pytest.raises(SpecError, match="mix is for the Fisher matrix, curvature fim, not for ekfac"):
+        influent.query(str(here / "live"), queries=QUERIES, mix=0.5)
+
+
 def test_rows_are_appended_to_an_index_without_rows(here, tmp_path):
     shutil.copytree(here / "live", tmp_path / "live")
     (tmp_path / "more.jsonl").write_text('{"id": "x", "text": "The money of Chad is called franc."}\n')

@@ -29,7 +29,7 @@ def here(tmp_path_factory) -> Path:
         ({"seed": -1}, "seed is -1"),
         ({"shard_rows": 0}, "shard_rows is 0"),
         ({"layers": "("}, "not a regular expression"),
-        ({"method": "trak"}, "method 'trak' is not known"),
+        ({"method": "magic"}, "method 'magic' is not known"),
         ({"task": influent.Classification(), "max_length": 16}, "max_length belongs to the task"),
     ],
 )
