@@ -215,7 +215,7 @@ def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
                 axis.plot(size / 1e3, mean, style, color=color, label=label, markersize=5)
                 axis.fill_between(size / 1e3, low, high, color=color, alpha=0.06, linewidth=0)
         for name, label, style in (
-            (("id", "bf16", None), "exact Fisher, bf16, {:,.0f} KB", "--"),
+            (("id", "bf16", None), "exact Fisher, whole gradients, bf16", "--"),
             (("graddot", "none", None), "GradDot", ":"),
         ):
             if name in found:
@@ -226,7 +226,8 @@ def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
         axis.set(xscale="log", xlabel="KB a row on disk", title=TITLES.get(model, model))
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("LDS")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
+    named = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels, handles = list(named), list(named.values())
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
