@@ -219,10 +219,7 @@ def plot(panels: Mapping[str, Mapping[Name, Result]], path: Path) -> None:
             (("graddot", "none", None), "GradDot", ":"),
         ):
             if name in found:
-                size = found[name].runs[0].facts.get("bytes", 0) / 1e3
-                axis.axhline(
-                    found[name].default.mean(), color="0.3", linestyle=style, linewidth=1, label=label.format(size)
-                )
+                axis.axhline(found[name].default.mean(), color="0.3", linestyle=style, linewidth=1, label=label)
         axis.set(xscale="log", xlabel="KB a row on disk", title=TITLES.get(model, model))
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("LDS")
