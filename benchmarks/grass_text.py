@@ -54,16 +54,22 @@ class Entry:
         return f"{self.name}-{self.k}".replace(" ", "_").replace("/", "_")
 
 
+def drawn(side: int) -> dict[str, str]:
+    """The compressors that need no data, at k_l = side * side."""
+    return {
+        "RM": f"mask:{side}x{side}",
+        "SJLT": f"sjlt:{side}x{side}",
+        "FactGraSS(RM)": f"mask:{2 * side}x{2 * side} | sjlt:{side * side}",
+        "LoGRA": f"gauss:{side}x{side}",
+    }
+
+
 def entries(work: Path) -> Iterator[Entry]:
     for side in SIDES:
         k = side * side
-        texts = {
-            "RM": f"mask:{side}x{side}",
+        texts = drawn(side) | {
             "SM": f"select:{work / 'masks' / str(side)}",
-            "SJLT": f"sjlt:{side}x{side}",
-            "FactGraSS(RM)": f"mask:{2 * side}x{2 * side} | sjlt:{k}",
             "FactGraSS(SM)": f"select:{work / 'masks' / str(2 * side)} | sjlt:{k}",
-            "LoGRA": f"gauss:{side}x{side}",
         }
         for name, text in texts.items():
             yield Entry(name, k, {"compress": text})
@@ -184,12 +190,7 @@ def seconds(work: Path) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     for side in SIDES:
         k = side * side
-        texts = {
-            "RM": f"mask:{side}x{side}",
-            "SJLT": f"sjlt:{side}x{side}",
-            "FactGraSS(RM)": f"mask:{2 * side}x{2 * side} | sjlt:{k}",
-            "LoGRA": f"gauss:{side}x{side}",
-        }
+        texts = drawn(side)
         spent = dict.fromkeys(texts, 0.0)
         for i, o in SHAPES:
             a, d = torch.randn(TIMED, POSITIONS, i), torch.randn(TIMED, POSITIONS, o)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from influent.layers import Block, Plan, Site
-from influent.sides import _is_hf_conv1d
+from influent.sides import is_conv1d
 
 Named = dict[str, Tensor]  # parameter -> a tensor of its shape, or some of them stacked
 
@@ -46,7 +46,7 @@ def from_parameters(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         if site.kind == "norm":
             out[name] = torch.cat([weight.flatten(1)] + ([] if bias is None else [bias.flatten(1)]), dim=1)
             continue
-        matrix = weight if _is_hf_conv1d(site.module) else weight.flatten(2).transpose(1, 2)  # [n, I, O]
+        matrix = weight if is_conv1d(site.module) else weight.flatten(2).transpose(1, 2)  # [n, I, O]
         if bias is not None:
             matrix = torch.cat([matrix, bias.unsqueeze(1)], dim=1)
         out[name] = matrix.flatten(1)
@@ -68,7 +68,7 @@ def _split(site: Site, vector: Tensor) -> tuple[Tensor, Tensor | None]:
     matrix = vector.unflatten(1, (block.in_width, block.out_width))
     last = None if bias is None else matrix[:, -1]
     matrix = matrix if bias is None else matrix[:, :-1]
-    if not _is_hf_conv1d(module):
+    if not is_conv1d(module):
         matrix = matrix.transpose(1, 2)
     return matrix.reshape(size, *module.weight.shape), last
 

@@ -3,12 +3,10 @@
 Not here: the queries' gradients and curvature (solving.py), the arithmetic (score.py, reduce.py), the page (report.py).
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from influent.records import display_text, read_examples
 from influent.reduce import Full, Pick, Ranked, TopK
 from influent.rowstore import Index
 from influent.solving import Asked, solve
-from influent.storage import Store
+from influent.tables import write_array
 from influent.task import Encodes, Task
 
 NORMALIZATIONS = ("none", "cosine", "relatif")
@@ -122,7 +120,7 @@ def query(
         members, reducers, normalize=normalize, scale=scale_of(opened), query_rank=query_rank, progress=progress
     )
     if scores is not None:
-        _save(found["full"], scores)
+        write_array(found["full"].numpy(), scores)
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
     chosen = {"normalize": normalize} if mix is None else {"normalize": normalize, "mix": mix}
     document = _document(opened, fits, shown, found, drawn, by_words, bottom=bottom, chosen=chosen)
@@ -213,14 +211,6 @@ def setting_of(index: Index) -> Setting:
         seed=spec["seed"], target=spec.get("target", "loss"), key=key_of(spec["layout"]),
         optimizer=notes.get("optimizer"),
     )  # fmt: skip
-
-
-def _save(matrix: Tensor, path: str) -> None:
-    """The whole file or none of it."""
-    sink = io.BytesIO()
-    np.save(sink, matrix.numpy())
-    folder, _, name = path.rpartition("/")
-    Store(folder or ".").put(name, sink.getvalue())
 
 
 def _document(

@@ -33,7 +33,7 @@ def kind_of(module: nn.Module) -> str | None:
     A subclass counts only if it keeps the forward of its base: what an override computes is not known.
     """
     forward = type(module).forward
-    if forward is nn.Linear.forward or _is_hf_conv1d(module):
+    if forward is nn.Linear.forward or is_conv1d(module):
         return "linear"
     if forward in (nn.Conv1d.forward, nn.Conv2d.forward):
         return "conv"
@@ -49,10 +49,6 @@ def kind_of(module: nn.Module) -> str | None:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is Hugging Face's Conv1D, whose weight is [in, out]."""
-    return _is_hf_conv1d(module)
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
@@ -63,7 +59,7 @@ def widths(module: Layer) -> tuple[int, int]:
         return math.prod(weight.shape[1:]), len(weight)
     if kind_of(module) == "norm":
         return weight.numel(), 1
-    return (weight.shape[0], weight.shape[1]) if _is_hf_conv1d(module) else (weight.shape[1], weight.shape[0])
+    return (weight.shape[0], weight.shape[1]) if is_conv1d(module) else (weight.shape[1], weight.shape[0])
 
 
 def check(name: str, module: Layer, advice: str) -> None:

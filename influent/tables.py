@@ -31,6 +31,15 @@ def write_file(path: str, data: bytes) -> None:
     Store((folder or "/") if separator else ".").put(name, data)
 
 
+def write_array(array: Any, path: str) -> None:
+    """A NumPy array as a `.npy` file, whole or not at all."""
+    import numpy as np
+
+    sink = io.BytesIO()
+    np.save(sink, array)
+    write_file(path, sink.getvalue())
+
+
 def _parquet(records: Records, names: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq

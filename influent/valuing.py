@@ -9,7 +9,6 @@ The formulas are our reading of Pan et al., ALinFiK (NAACL 2025), of which the a
 and their intervals (bootstrap.py, providers.py), money (settling.py), values without gradients (appraise.py).
 """
 
-import io
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -29,7 +28,7 @@ from influent.payments import money, refuse
 from influent.progress import Progress
 from influent.providers import Groups, Overlap
 from influent.rowstore import Index
-from influent.tables import write_file, write_table
+from influent.tables import write_array, write_table
 from influent.target import Target, direction
 from influent.task import Task
 
@@ -136,9 +135,7 @@ def write_values(catalog: Catalog, values: np.ndarray, path: str) -> None:
         named = catalog.fields("id", "source", "provider")
         write_table([{"row": i, **row, "value": float(values[i])} for i, row in enumerate(named)], path)
         return
-    sink = io.BytesIO()
-    np.save(sink, values)
-    write_file(path, sink.getvalue())
+    write_array(values, path)
 
 
 def facts(index: Index, normalize: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _layout(site) -> Tensor:
     bias = getattr(module, "bias", None)
     if site.kind == "norm":
         return torch.cat([grad.flatten()] + ([bias.grad.flatten()] if bias is not None else []))
-    grad = grad.flatten(1) if not sides._is_hf_conv1d(module) else grad.T  # [O, I]
+    grad = grad.flatten(1) if not sides.is_conv1d(module) else grad.T  # [O, I]
     if bias is not None:
         grad = torch.cat([grad, bias.grad.unsqueeze(1)], dim=1)
     if grad.shape[1] < site.block.in_width:
