@@ -1,7 +1,9 @@
 """What every benchmark writes beside its numbers: where, when and with what they were measured."""
 
 import json
+import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +13,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """CPU, library versions, threads, date and commit of this run."""
+    """CPU, GPU, library versions, threads, date and commit of this run.
+
+    In a copy without the repository's history the environment variable COMMIT names the commit.
+    """
     import torch
     import transformers
 
@@ -20,9 +25,10 @@ def environment() -> dict[str, Any]:
     changed = "+changes" if _git("status", "--porcelain", "influent") else ""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + changed,
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD") + changed,
         "cpu": names[0] if names else platform.processor(),
         "amx": "amx_bf16" in flags,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,4 +50,6 @@ def _cpuinfo() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
