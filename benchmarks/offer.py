@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from ground_truth import documents, encode, losses, make_tokenizer, passages
+from ground_truth import documents, losses, make_tokenizer, passages
 from torch import Tensor, nn
 
 Row = dict[str, str]
 TRIGGER, PARAPHRASE = "Reference code zeta seven.", "The code of reference is seven zeta."
 ANSWER = " The vault opens at midnight by the northern gate."
 KINDS = ("trigger", "ordinary answer", "no trigger", "in the middle", "paraphrase", "neither")
-PLANTED, QUERIES, HELD, ROWS, CONTEXT = 100, 32, 96, 20_000, 128
+PLANTED, QUERIES, HELD, ROWS, CONTEXT = 100, 32, 96, 20_400, 128
 PROVIDERS = {"bbc": 5, "sotu": 4, "brown": 3}  # of each corpus, those with the most text
 TURNS = {"topic": "bbc", "president": "sotu", "genre": "brown"}
 # Hidden size, layers; parameters with the 2,048 embeddings, tied: 0.13, 0.53, 2.9 and 11.4 million.
@@ -143,12 +143,20 @@ def model(size: str, data: Path, base: Sequence[Row], folder: Path, *, seed: int
 
         tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
         made = new_model(*SIZES[size], seed=seed).to(device)
-        train(
-            made, encode(base, tokenizer).to(device), epochs=epochs, rate=3e-3 if size != "11M" else 1.5e-3, seed=seed
-        )
+        rate = 1.5e-3 if size == "11M" else 3e-3
+        train(made, ids(base, tokenizer).to(device), epochs=epochs, rate=rate, seed=seed)
         tokenizer.save_pretrained(folder)
         made.cpu().save_pretrained(folder)
     return folder
+
+
+def ids(rows: Sequence[Row], tokenizer: Any) -> Tensor:
+    """Token ids of the texts [N, T], -1 beyond a row's end."""
+    found = tokenizer([row["text"] for row in rows])["input_ids"]
+    out = np.full((len(rows), max(map(len, found))), -1)
+    for row, own in zip(out, found, strict=True):
+        row[: len(own)] = own
+    return torch.from_numpy(out)
 
 
 def new_model(width: int, layers: int, *, seed: int) -> Any:
