@@ -23,6 +23,7 @@ INTERVALS = {
     "labels": "the rows that were not labelled: these very rows, these very queries",
     "labels and queries": "the rows that were not labelled and the choice of queries",
 }
+PROVIDER_WIDTH = 20
 CAUTION = (
     "A value predicts one small step of training of the model named here, for this target. It is not a price, it ages "
     "as the model changes, and copies of a row are worth the same as the row."
@@ -53,19 +54,13 @@ def print_value(doc: Doc, console: Console) -> None:
     say(f"What {_plural(len(doc['providers']), 'provider')} would do for {_plural(doc['target']['queries'], 'query')}")
     console.print()
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = ["provider", "rows", "value", "interval", "rank", "positive", "copies", "leaks"]
-    columns += ["paid"] if any(p["payment"] is not None for p in doc["providers"]) else []
+    columns = _columns(doc["providers"], console.width)
     for name in columns:
         left = name == "provider"
         table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis",
-                         max_width=20 if left else None)  # fmt: skip
-    for p in doc["providers"]:
-        cells = [
-            Text(_line(p["provider"])), f"{p['rows']:,}", _number(p["value"]),
-            f"{_number(p['low'])} to {_number(p['high'])}", _rank(p), f"{100 * p['positive']:.0f} %",
-            _copies(p), "-" if p["leaks"] is None else f"{p['leaks']['rows']:,}", p["payment"] or "",
-        ]  # fmt: skip
-        table.add_row(*cells[: len(columns)])
+                         max_width=PROVIDER_WIDTH if left else None)  # fmt: skip
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
     console.print(table)
     console.print()
     for line in _notes(doc):
@@ -78,6 +73,27 @@ def print_value(doc: Doc, console: Console) -> None:
     console.print()
     say(f"value: {method['unit']}; positive = training on it lowered the queries' loss")
     say(CAUTION)
+
+
+def _columns(providers: Sequence[Doc], width: int) -> dict[str, list[str]]:
+    """The cells by column; on a narrow terminal without the columns that matter least."""
+    columns = {
+        "provider": [_line(p["provider"]) for p in providers],
+        "rows": [f"{p['rows']:,}" for p in providers],
+        "value": [_number(p["value"]) for p in providers],
+        "interval": [f"{_number(p['low'])} to {_number(p['high'])}" for p in providers],
+        "rank": [_rank(p) for p in providers],
+        "positive": [f"{100 * p['positive']:.0f} %" for p in providers],
+        "copies": [_copies(p) for p in providers],
+        "leaks": ["-" if p["leaks"] is None else f"{p['leaks']['rows']:,}" for p in providers],
+    }
+    if any(p["payment"] is not None for p in providers):
+        columns["paid"] = [p["payment"] or "" for p in providers]
+    for name in ("positive", "leaks", "copies"):
+        widths = {key: max(map(len, (key, *cells))) for key, cells in columns.items()}
+        if sum(widths.values()) - max(0, widths["provider"] - PROVIDER_WIDTH) + 2 * len(widths) > width:
+            del columns[name]
+    return columns
 
 
 def print_selection(card: Doc, console: Console) -> None:
@@ -191,9 +207,11 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; text-align: right; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; } td { border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { max-width: 40rem; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .text { text-align: left; } td { white-space: nowrap; }
+td.text { max-width: 40rem; white-space: normal; overflow-wrap: anywhere; } li { list-style: none; } ul { padding: 0; }
 .soft { color: var(--soft); } .bad { color: var(--bad); } .wide { overflow-x: auto; }
-svg { width: 14rem; height: 1.2rem; } svg rect { fill: var(--mark); opacity: .35; } svg circle { fill: var(--mark); }
+svg { display: block; width: 9rem; height: 1rem; margin-left: auto; }
+svg rect { fill: var(--mark); opacity: .35; } svg circle { fill: var(--mark); }
 svg line { stroke: var(--soft); } dt { font-weight: 600; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 """
@@ -204,13 +222,13 @@ def html_page(doc: Doc) -> str:
     providers, method = doc["providers"], doc["method"]
     lows, highs = [p["low"] for p in providers], [p["high"] for p in providers]
     span = (min([0.0, *lows]), max([0.0, *highs]))
-    head = ("provider", "rows", "tokens", "value", "95 % interval", "total", "per token", "positive", "rank")
-    head += ("copies within / across", "leaks", "payment")
+    head = ("provider", "rows", "tokens", "value", "95 % interval", "payment", "total", "per token", "positive")
+    head += ("rank", "copies within / across", "leaks")
     rows = [
         [
             _esc(p["provider"]), f"{p['rows']:,}", f"{p['tokens']:,}", _number(p["value"]), _bar(p, span),
-            _number(p["total"]), "-" if p["per_token"] is None else _number(p["per_token"]),
-            f"{100 * p['positive']:.0f} %", _rank(p), _both(p), _leak(p), _esc(p["payment"] or "-"),
+            _esc(p["payment"] or "-"), _number(p["total"]), "-" if p["per_token"] is None else _number(p["per_token"]),
+            f"{100 * p['positive']:.0f} %", _rank(p), _both(p), _leak(p),
         ]
         for p in providers
     ]  # fmt: skip
@@ -218,7 +236,7 @@ def html_page(doc: Doc) -> str:
         f"<h1>What the data is worth to {_plural(doc['target']['queries'], 'query')}</h1>",
         f'<p class="soft">{_esc(CAUTION)}</p>',
         f'<div class="wide">{_table(head, rows)}</div>',
-        "".join(f"<p>{_esc(line)}</p>" for line in _notes(doc)),
+        "<ul>" + "".join(f"<li>{_esc(line)}</li>" for line in _notes(doc)) + "</ul>",
         "<h2>Rows</h2>",
         *(_listing(title, doc["rows"][name]) for name, title in (("best", "Worth most"), ("worst", "Worth least"))),
         "<h2>By provider</h2>",
@@ -263,11 +281,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _listing(title: str, rows: Sequence[Doc]) -> str:
     body = "".join(
-        f"<tr><td>{_esc(row['id'])}</td><td>{row['value']:+.4g}</td><td>{_esc(row['provider'] or '-')}</td>"
+        f"<tr><td>{_esc(row['id'])}</td><td>{row['value']:+.4g}</td>"
+        f'<td class="text">{_esc(row["provider"] or "-")}</td>'
         f'<td class="text">{_esc(_clip(_line(row["text"]), 400))}</td></tr>'
         for row in rows
     )
-    top = "<th>id</th><th>value</th><th>provider</th><th>text</th>"
+    top = '<th>id</th><th>value</th><th class="text">provider</th><th class="text">text</th>'
     return f"<p>{_esc(title)}</p><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -29,6 +29,7 @@ LEVELS = [
      "selecting", "distilling", "student", "features", "appraising", "auditing", "offers", "commitments", "untrained"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
      "evaluating", "plots", "scorecard", "trial", "cli_mask", "explainer"],
+    ["__main__"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # What is imported only when it is called for, against the order of the table.
