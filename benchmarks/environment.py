@@ -20,13 +20,12 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
     changed = "+changes" if _git("status", "--porcelain", "influent") else ""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD") + changed,
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu(),
         "amx": "amx_bf16" in flags,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
@@ -34,6 +33,12 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def cpu() -> str:
+    """The processor's name."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def save(name: str, document: dict[str, Any]) -> None:

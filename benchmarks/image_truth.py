@@ -2,30 +2,35 @@
 
 `mlp`: 784-128-64-10, ReLU, dropout .1, on Fashion-MNIST's first 5,000 training and 500 test images, in place of MNIST;
 50 epochs. `resnet`: TRAK's ResNet9 at half its width, 569,056 parameters, on two of its classes, Pullover and Coat, in
-place of CIFAR's cats and dogs, averaged to 14 x 14 pixels; 10 epochs. So 60 trainings take about 40 minutes of one core
-(those of the MLP 6). Both SGD .01, momentum .9, batches of 64, as in GraSS. The ResNet keeps the published batch norms,
-with which it trains in 10 epochs; attribution sees them in evaluation mode, as constants.
-A model is trained on each of 50 random halves of the rows (for the linear datamodelling score) and of 10 more (the
-checkpoints of TRAK). What is measured of each test image after each training is its margin, log p / (1 - p) of its own
-class, and its loss.
+place of CIFAR's cats and dogs, averaged to 14 x 14 pixels; 10 epochs. A training takes about 5 and 35 seconds of one
+core. Both SGD .01, momentum .9, batches of 64, as in GraSS. The ResNet keeps the published batch norms, with which it
+trains in 10 epochs; attribution sees them in evaluation mode, as constants.
+A model is trained on each of 50 random halves of the rows (for the linear datamodelling score), with three seeds, and
+on each of 10 more (the checkpoints of TRAK, kept in half precision). What is measured of each test image after each
+training is its margin, log p / (1 - p) of its own class, and its loss.
 
     python benchmarks/image_truth.py --work DIR --model mlp     # resnet; interrupted, it resumes
+    python benchmarks/image_truth.py --work DIR --model mlp --device cuda --part 0/2 &   # and 1/2, beside it
 
-DIR/mlp gets `checkpoints/C.safetensors` and `truth.npz`: `margins` and `losses` [subsets, seeds, queries], `rows`
-[subsets, N] and `checkpoint_rows` [10, N] of booleans, `seconds` [subsets, seeds] of CPU time.
+DIR/mlp gets `checkpoints/C.safetensors`, `trainings/HALF-SEED.npz` and, once all are there, `truth.npz`: `margins` and
+`losses` [subsets, seeds, queries], `rows` [subsets, N] and `checkpoint_rows` [10, N] of booleans, `seconds` [subsets,
+seeds] and the `machines` that took them: CPU time of one core, or wall time on a GPU that others used as well.
 """
 
 import argparse
 import gzip
+import os
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import environment
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -54,7 +59,7 @@ class Setting:
     seeds: int  # trainings a half, which differ in initial weights, order of batches and dropout
 
 
-SETTINGS = {"mlp": Setting((), 1, 50, 3), "resnet": Setting((2, 4), 2, 10, 1)}
+SETTINGS = {"mlp": Setting((), 1, 50, 3), "resnet": Setting((2, 4), 2, 10, 3)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +152,14 @@ def new_model(name: str) -> nn.Module:
 
 
 def train(name: str, rows: tuple[Tensor, Tensor], *, epochs: int, seed: int) -> nn.Module:
-    """A model in evaluation mode; the seed draws its first weights, the order of the batches, and dropout."""
+    """A model in evaluation mode, on the rows' device; the seed draws its first weights, the order of the batches, and
+    dropout."""
     torch.manual_seed(seed)
-    model = new_model(name).to(memory_format=torch.channels_last)
-    sgd = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     inputs, labels = rows
+    model = new_model(name).to(inputs.device, memory_format=torch.channels_last)
+    sgd = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     for _ in range(epochs):
-        for part in torch.randperm(len(labels)).split(BATCH):
+        for part in torch.randperm(len(labels)).to(labels.device).split(BATCH):
             sgd.zero_grad()
             functional.cross_entropy(model(inputs[part]), labels[part]).backward()
             sgd.step()
@@ -165,7 +171,7 @@ def measure(model: nn.Module, queries: tuple[Tensor, Tensor]) -> np.ndarray:
     """Margins and losses of the queries, [2, n]."""
     inputs, labels = queries
     losses = -model(inputs).double().log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return torch.stack([-losses - torch.log(-torch.expm1(-losses)), losses]).numpy()
+    return torch.stack([-losses - torch.log(-torch.expm1(-losses)), losses]).cpu().numpy()
 
 
 def halves(count: int) -> np.ndarray:
@@ -175,15 +181,108 @@ def halves(count: int) -> np.ndarray:
 
 
 def part_of(data: tuple[Tensor, Tensor], rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    kept = torch.from_numpy(rows)
+    kept = torch.from_numpy(rows).to(data[1].device)
     return data[0][kept], data[1][kept]
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's state dict, in single precision."""
+    return {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
 
 
 def load(name: str, path: Path) -> nn.Module:
     """A saved checkpoint in evaluation mode."""
     model = new_model(name)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(weights(path))
     return model.eval()
+
+
+def exact_float32() -> None:
+    """No TF32: float32 products and convolutions are what they say."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def machine(device: str) -> str:
+    """What a time was taken on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"one core of an {environment.cpu()}"
+
+
+def put(path: Path, write: Any) -> None:
+    """A file that is there whole or not at all, also when several processes write it."""
+    beside = path.with_suffix(f".part{os.getpid()}")
+    with beside.open("wb") as file:
+        write(file)
+    beside.rename(path)
+
+
+def share(text: str) -> tuple[int, int]:
+    """`i/n`: of n processes the i-th, from 0."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with i below n, such as 0/4")
+    return int(i), int(n)
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Trainings of one setting into its folder, each once."""
+
+    name: str
+    work: Path
+    device: str
+    data: Images  # on the device
+    used: np.ndarray
+
+    def path(self, j: int, seed: int) -> Path:
+        if j >= NUM_SUBSETS:
+            return self.work / "checkpoints" / f"{j - NUM_SUBSETS}.safetensors"
+        return self.work / "trainings" / f"{j}-{seed}.npz"
+
+    def __call__(self, j: int, seed: int) -> None:
+        """The training on half j: its measured queries, and of a checkpoint its weights."""
+        if (target := self.path(j, seed)).exists():
+            return
+        clock = time.perf_counter if torch.device(self.device).type == "cuda" else time.process_time
+        start, epochs = clock(), SETTINGS[self.name].epochs
+        model = train(self.name, part_of(self.data.train, self.used[j]), epochs=epochs, seed=1000 * seed + j)
+        found = measure(model, self.data.queries)
+        seconds = clock() - start
+        if target.suffix == ".safetensors":
+            state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+            halved = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            put(target, lambda file: file.write(save(halved)))
+        else:
+            put(target, lambda file: np.savez(file, measured=found, seconds=seconds, machine=machine(self.device)))
+        right = (found[0] > 0).mean()
+        print(f"half {j} seed {seed}: loss {found[1].mean():.3f}, right {right:.3f}, {seconds:.1f} s", flush=True)
+
+
+def assemble(trainer: Trainer, seeds: int) -> None:
+    """truth.npz of all seeds whose trainings are there."""
+    whole = 0
+    while whole < seeds and all(trainer.path(j, whole).exists() for j in range(NUM_SUBSETS)):
+        whole += 1
+    if not whole:
+        return
+    shape = (NUM_SUBSETS, whole)
+    measured, seconds = np.empty((2, *shape, NUM_QUERIES)), np.empty(shape)
+    machines = np.empty(shape, dtype="U80")
+    for seed, j in [(seed, j) for seed in range(whole) for j in range(NUM_SUBSETS)]:
+        with np.load(trainer.path(j, seed)) as held:
+            measured[:, j, seed], seconds[j, seed] = held["measured"], held["seconds"]
+            machines[j, seed] = held["machine"]
+    used = trainer.used
+    put(
+        trainer.work / "truth.npz",
+        lambda file: np.savez(
+            file, margins=measured[0], losses=measured[1], seconds=seconds, machines=machines,
+            rows=used[:NUM_SUBSETS], checkpoint_rows=used[NUM_SUBSETS:],
+        ),
+    )  # fmt: skip
+    print(f"{trainer.name}: truth of {whole} seeds", flush=True)
 
 
 def main() -> None:
@@ -191,43 +290,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", choices=SETTINGS, required=True)
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--part", type=share, default=(0, 1), help="i/n: every n-th training from the i-th on")
+    parser.add_argument("--checkpoints", action="store_true", help="train these alone")
     given = parser.parse_args()
-    setting, work = SETTINGS[given.model], given.work / given.model
-    seeds = given.seeds or setting.seeds
     torch.set_num_threads(1)
-    (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (work / "trainings").mkdir(exist_ok=True)
-    data, used = images(setting), halves(NUM_SUBSETS + NUM_CHECKPOINTS)
-
-    def trained(j: int, seed: int, target: Path) -> Path:
-        """The training of half j, once: its measured queries, and of a checkpoint its weights."""
-        if not target.exists():
-            start = time.process_time()
-            model = train(given.model, part_of(data.train, used[j]), epochs=setting.epochs, seed=1000 * seed + j)
-            found = measure(model, data.queries)
-            beside = target.with_suffix(".part")
-            if target.suffix == ".safetensors":
-                save_file({key: value.contiguous() for key, value in model.state_dict().items()}, beside)
-            else:
-                with beside.open("wb") as file:
-                    np.savez(file, measured=found, seconds=time.process_time() - start)
-            beside.rename(target)
-            right, seconds = (found[0] > 0).mean(), time.process_time() - start
-            print(f"half {j} seed {seed}: loss {found[1].mean():.3f}, right {right:.3f}, {seconds:.1f} s", flush=True)
-        return target
-
-    for c in range(NUM_CHECKPOINTS):
-        trained(NUM_SUBSETS + c, 0, work / "checkpoints" / f"{c}.safetensors")
-    measured = np.empty((2, NUM_SUBSETS, seeds, NUM_QUERIES))
-    seconds = np.empty((NUM_SUBSETS, seeds))
-    # Seed by seed, so that what is there after an interruption covers all halves.
-    for seed, j in [(seed, j) for seed in range(seeds) for j in range(NUM_SUBSETS)]:
-        with np.load(trained(j, seed, work / "trainings" / f"{j}-{seed}.npz")) as held:
-            measured[:, j, seed], seconds[j, seed] = held["measured"], held["seconds"]
-    np.savez(
-        work / "truth.npz", margins=measured[0], losses=measured[1], seconds=seconds,
-        rows=used[:NUM_SUBSETS], checkpoint_rows=used[NUM_SUBSETS:],
-    )  # fmt: skip
+    exact_float32()
+    setting, work = SETTINGS[given.model], given.work / given.model
+    for folder in ("checkpoints", "trainings"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    data = images(setting)
+    pairs = [tuple(tensor.to(given.device) for tensor in pair) for pair in (data.train, data.queries)]
+    trainer = Trainer(given.model, work, given.device, Images(*pairs), halves(NUM_SUBSETS + NUM_CHECKPOINTS))
+    seeds = given.seeds or setting.seeds
+    todo = [(NUM_SUBSETS + c, 0) for c in range(NUM_CHECKPOINTS)]
+    if not given.checkpoints:  # seed by seed, so that what is there after an interruption covers all halves
+        todo += [(j, seed) for seed in range(seeds) for j in range(NUM_SUBSETS)]
+    i, n = given.part
+    for j, seed in todo[i::n]:
+        trainer(j, seed)
+    assemble(trainer, seeds)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 With weights x on the entries of a gradient, the masked inner product of rows q and i is sum_j x_j g_qj g_ij; where
 weights stand on the two sides of a layer, x_(i, o) = x_i y_o. The agreement is the Pearson correlation, over candidates
 i, of masked and whole inner products, in the mean over queries q (Hu et al., GraSS, NeurIPS 2025). Both it and its
-gradient are had from matrix products with the sampled rows, without an autograd graph. Not here: what is done with the
-gradient (selective.py), where rows come from (masking.py).
+gradient are had from matrix products with the sampled rows, on their device, without an autograd graph. Not here: what
+is done with the gradient (selective.py), where rows come from (masking.py).
 """
 
 from collections.abc import Iterator
@@ -34,6 +34,13 @@ class Formed:
     @property
     def dtype(self) -> torch.dtype:
         return self.g.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.g.device
+
+    def to(self, device: torch.device) -> "Formed":
+        return Formed(self.g.to(device), self.widths)
 
     def products(self, x: Weights, queries: Int[Tensor, " m"], candidates: slice) -> Float[Tensor, "m n"]:
         """The weighted inner products."""
@@ -85,6 +92,13 @@ class Factored:
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.a.device
+
+    def to(self, device: torch.device) -> "Factored":
+        return Factored(self.a.to(device), self.d.to(device))
+
     def products(self, x: Weights, queries: Int[Tensor, " m"], candidates: slice) -> Float[Tensor, "m n"]:
         parts = []
         aq, dq = self.a[queries].flatten(0, 1), self.d[queries].flatten(0, 1)  # [m T, I], [m T, O]
@@ -133,8 +147,9 @@ class Agreement:
 
     @staticmethod
     def of(pairs: Sampled, queries: Int[Tensor, " m"], candidates: slice) -> "Agreement":
-        ones = tuple(torch.ones(width, dtype=pairs.dtype) for width in pairs.widths)
-        counts = queries[:, None] != torch.arange(*candidates.indices(pairs.rows))
+        queries = queries.to(pairs.device)
+        ones = tuple(torch.ones(width, dtype=pairs.dtype, device=pairs.device) for width in pairs.widths)
+        counts = queries[:, None] != torch.arange(*candidates.indices(pairs.rows), device=pairs.device)
         raw = torch.cat([pairs.products(ones, part, candidates) for part in queries.split(_QUERIES)]).double()
         centred, norm = _centred(raw, counts)
         varied = (norm > 0) & norm.isfinite()
@@ -143,7 +158,7 @@ class Agreement:
 
     def __call__(self, x: Weights, chosen: Int[Tensor, " b"] | None = None) -> tuple[float, Weights]:
         """Value and gradient, of all queries or of those at the places `chosen`."""
-        places = torch.arange(len(self.queries)) if chosen is None else chosen
+        places = self._places() if chosen is None else chosen.to(self.queries.device)
         total, pulled = 0.0, [torch.zeros_like(side) for side in x]
         for part in places.split(_QUERIES):
             correlations, slope = self._correlate(x, part)
@@ -155,8 +170,11 @@ class Agreement:
 
     def value(self, x: Weights) -> float:
         """The agreement alone."""
-        parts = torch.arange(len(self.queries)).split(_QUERIES)
+        parts = self._places().split(_QUERIES)
         return sum(float(self._correlate(x, part)[0].sum()) for part in parts) / max(1, len(self.queries))
+
+    def _places(self) -> Int[Tensor, " m"]:
+        return torch.arange(len(self.queries), device=self.queries.device)
 
     def _correlate(self, x: Weights, part: Tensor) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n"]]:
         """Correlations of some queries, and the slope of each with respect to its masked products."""

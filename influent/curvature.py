@@ -20,6 +20,7 @@ from .fitting import AnyCurvature as AnyCurvature
 from .fitting import Compute, Health, Solver, block_rows, place, write_blocks
 from .fitting import Curvature as Curvature
 from .gram import (
+    CPU,
     MEMORY,
     BlockRows,
     Dual,
@@ -56,22 +57,23 @@ class Identity:
 class FIM:
     """The damped block-diagonal Fisher matrix F = (1/N) sum_i g_i g_i^T, factored: see docs/scores.md.
 
-    A factor is read when its solver is asked for and freed with it: one block in memory at a time.
+    A factor is read when its solver is asked for and freed with it: one block in memory at a time, on `device`.
     """
 
-    def __init__(self, index: RowSource, factors: Artifact, *, memory: int = MEMORY):
+    def __init__(self, index: RowSource, factors: Artifact, *, memory: int = MEMORY, device: torch.device = CPU):
         self.index, self.factors, self.digest, self.memory = index, factors, factors.digest, memory
+        self.device = device
         self.damping = Damping.parse(factors.spec["damping"])
         self.name = f"fim:{self.damping}"
         self._meta = {record.name: record.meta for record in factors.records}
 
     def solver(self, key: str) -> Solver:
-        rows = block_rows(self.index, key, self.memory)
+        rows = block_rows(self.index, key, self.memory, self.device)
         meta = self._meta[key]
         if meta["form"] == "zero":
             return Solver(rows, Vanishing())
         self.factors.check(key)
-        factor = unpack(self.factors.tensors(key)["factor"])
+        factor = unpack(self.factors.tensors(key)["factor"]).to(self.device)
         if meta["form"] == "primal":
             return Solver(rows, Primal(factor, self.index.n))
         grams = Artifact.open(place(self.index, self.factors.spec["gram"]), "gram")
@@ -89,6 +91,7 @@ def fit(
     curvature: str = "fim",
     damping: Damping | Published | None = None,
     memory: int = MEMORY,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> AnyCurvature:
     """Fit a curvature to an index, or find what an earlier fit left.
@@ -97,7 +100,8 @@ def fit(
     one fitted to fewer rows; those that need the model (kfac, ekfac) are only found here, see recompute.py. All but
     identity need a damping; the published rules are for low rank. What costs, the Gram matrices or the eigenvectors, is
     shared by all dampings. Killed at any point and called again, it goes on with the next block. `memory` bounds, in
-    MiB, what is held of the rows, and results depend on it no more than by rounding.
+    MiB, what is held of the rows; `device` is where fim is fitted and solved, in float64 (the others on the CPU).
+    Results depend on neither by more than rounding.
     Raises NumericsError, naming the block, for a Fisher matrix that this damping leaves singular, and SpecError for
     names that are not known and a damping that the kept precision does not carry.
     """
@@ -121,11 +125,12 @@ def fit(
     if curvature == datainf.NAME:
         return datainf.fit_datainf(index, damping, memory=memory, progress=progress)
     grams = write_blocks(
-        index, "gram", {"statistic": "gram", "index": index.digest}, _measure(index, memory), progress=progress
-    )
+        index, "gram", {"statistic": "gram", "index": index.digest}, _measure(index, memory, device),
+        progress=progress,
+    )  # fmt: skip
     spec = {"statistic": "cholesky", "index": index.digest, "gram": grams.digest, "damping": str(damping)}
-    factors = write_blocks(index, "cholesky", spec, _factor(index, grams, damping), progress=progress)
-    return FIM(index, factors, memory=memory)
+    factors = write_blocks(index, "cholesky", spec, _factor(index, grams, damping, device), progress=progress)
+    return FIM(index, factors, memory=memory, device=device)
 
 
 def list_fitted(index: RowSource) -> list[str]:
@@ -185,19 +190,19 @@ def _through_model(index: RowSource, name: str, damping: Damping | Published | N
     return kron.KronRows(index, found, amount) if wanted.compressed else kron.KronFull(found, amount)
 
 
-def _measure(index: RowSource, memory: int) -> Compute:
+def _measure(index: RowSource, memory: int, device: torch.device) -> Compute:
     def compute(key: str):
-        rows = BlockRows(index, key, memory)
+        rows = BlockRows(index, key, memory, device=device)
         total = gram(rows)
         trace = float(total.diagonal().sum()) / rows.num_rows
         if not isfinite(trace):
             raise NumericsError(f"block {key!r}: its rows are not finite: run `influent verify` on the index")
-        return {"gram": pack(total)}, {"trace": trace, "form": _form(rows)}
+        return {"gram": pack(total.cpu())}, {"trace": trace, "form": _form(rows)}
 
     return compute
 
 
-def _factor(index: RowSource, grams: Artifact, damping: Damping) -> Compute:
+def _factor(index: RowSource, grams: Artifact, damping: Damping, device: torch.device) -> Compute:
     measured = {record.name: record.meta for record in grams.records}
 
     def compute(key: str):
@@ -214,9 +219,9 @@ def _factor(index: RowSource, grams: Artifact, damping: Damping) -> Compute:
             )
         shift = rows.num_rows * amount
         grams.check(key)
-        factor = cholesky(unpack(grams.tensors(key)["gram"]), shift, block=key)
+        factor = cholesky(unpack(grams.tensors(key)["gram"]).to(device), shift, block=key)
         d_eff = rank - shift * trace_of_inverse(factor)
-        return {"factor": pack(factor)}, meta | {"d_eff": min(max(d_eff, 0.0), float(rank))}
+        return {"factor": pack(factor.cpu())}, meta | {"d_eff": min(max(d_eff, 0.0), float(rank))}
 
     return compute
 

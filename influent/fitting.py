@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .artifact import Artifact, ArtifactWriter, digest
 from .errors import MismatchError, NumericsError
-from .gram import MEMORY, BlockRows, Inverse, RowSource, check_bytes
+from .gram import CPU, MEMORY, BlockRows, Inverse, RowSource, check_bytes
 from .progress import Progress
 from .storage import Store
 
@@ -21,7 +22,8 @@ Health = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solver:
-    """One block's curvature, inverted: q [Q, K] -> (F + lambda I)^-1 q, computed in float64, in the dtype of q.
+    """One block's curvature, inverted: q [Q, K] -> (F + lambda I)^-1 q, computed in float64 on the device of `rows`, in
+    the dtype of q and on the CPU.
 
     Raises NumericsError, naming the block, when q, the rows or the answer is not finite.
     """
@@ -35,7 +37,7 @@ class Solver:
             raise MismatchError(f"block {block!r}: expected queries of width {width}, got {q.shape[1]}")
         if not bool(q.isfinite().all()):
             raise NumericsError(f"block {block!r}: a query's gradient is not finite: look at the query's loss")
-        exact = self.inverse(q.detach().cpu().double())
+        exact = self.inverse(q.detach().to(self.rows.device).double()).cpu()
         if not bool(exact.isfinite().all()):  # in float64, in which finite rows and queries do not overflow
             raise NumericsError(f"block {block!r}: the index's rows are not finite: run `influent verify` on the index")
         answer = exact.to(q.dtype)
@@ -45,7 +47,7 @@ class Solver:
 
     def self_influence(self) -> Float[Tensor, " N"]:
         """g_i (F + lambda I)^-1 g_i of every row of the block, float64."""
-        return self.inverse.self_influence(self.rows)
+        return self.inverse.self_influence(self.rows).cpu()
 
 
 @runtime_checkable
@@ -108,11 +110,11 @@ def write_blocks(
     return Artifact.open(writer.store, kind)
 
 
-def block_rows(index: RowSource, key: str, memory: int = MEMORY) -> BlockRows:
+def block_rows(index: RowSource, key: str, memory: int = MEMORY, device: torch.device = CPU) -> BlockRows:
     """The rows of a block; MismatchError when the index has no such block."""
     if key not in index.widths:
         raise MismatchError(f"block {key!r}: not in this index, whose blocks are {', '.join(index.widths)}")
-    return BlockRows(index, key, memory)
+    return BlockRows(index, key, memory, device=device)
 
 
 def place(index: RowSource, identity: str) -> Store:

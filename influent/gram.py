@@ -1,7 +1,7 @@
 """The linear algebra of the Fisher matrix, on tensors: Gram matrices, Cholesky factors and the two exact solvers.
 
-Rows are the stored ones, streamed in bounded pieces; everything is float64. Nothing here reads or writes an artifact
-or knows what damping was asked for (see `curvature.py`).
+Rows are the stored ones, streamed in bounded pieces to the device that is asked for; everything is float64, there too.
+Nothing here reads or writes an artifact or knows what damping was asked for (see `curvature.py`).
 
 Legend: N rows, K row width, Q queries, m = min(N, K). With G [N, K] the rows of one block, F = G^T G / N and damping
 lambda, the factor L is that of (Gram + N lambda I), where Gram is G^T G [K, K] (primal, N >= K) or G G^T [N, N] (dual,
@@ -28,6 +28,7 @@ MEMORY = 256  # MiB
 SHARE = 4
 PIECES = 8  # a sub-batch is decoded in at least so many pieces, which stand beside it
 PANEL = 512
+CPU = torch.device("cpu")
 
 
 @runtime_checkable
@@ -74,12 +75,13 @@ class RowSource(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockRows:
     """The rows of one block from row `first` on, read again on each pass; what is yielded is valid until the next piece
-    is asked for. `memory` MiB bound what is held of them, and change results by no more than rounding."""
+    is asked for. `memory` MiB bound what is held of them, on `device`; neither changes more than rounding."""
 
     source: RowSource
     key: str
     memory: int = MEMORY
     first: int = 0
+    device: torch.device = CPU
 
     @property
     def num_rows(self) -> int:
@@ -97,7 +99,7 @@ class BlockRows:
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(lo, hi, rows lo to hi [hi - lo, K] float64), small shards packed together: BLAS wants long sums."""
         size = max(1, min(self.num_rows - self.first, self.numbers // max(1, self.width)))
-        buffer = torch.empty(size, self.width, dtype=torch.float64)
+        buffer = torch.empty(size, self.width, dtype=torch.float64, device=self.device)
         lo, held = self.first, 0
         for shard in self.source.shards:
             taken = max(0, self.first - shard.lo)
@@ -115,7 +117,7 @@ class BlockRows:
     def columns(self) -> Iterator[Tensor]:
         """All rows, some columns at a time: [N, k] float64."""
         size = max(1, min(self.width, self.numbers // max(1, self.num_rows)))
-        buffer = torch.empty(self.num_rows, size, dtype=torch.float64)
+        buffer = torch.empty(self.num_rows, size, dtype=torch.float64, device=self.device)
         piece = self._piece(max(1, self.numbers // max(1, self.width)))
         for left in range(0, self.width, size):
             right = min(left + size, self.width)
@@ -144,7 +146,7 @@ def gram(rows: BlockRows) -> Matrix:
     at 1e-5, and the factorisation failed at 1e-7: all dampings that evaluations sweep.
     """
     m = min(rows.num_rows, rows.width)
-    total = torch.zeros(m, m, dtype=torch.float64)
+    total = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
     if rows.num_rows >= rows.width:
         for _, _, chunk in rows.chunks():
             _add_outer(total, chunk)
@@ -200,7 +202,7 @@ def trace_of_inverse(factor: Matrix) -> float:
     total = 0.0
     for left in range(0, len(factor), PANEL):
         corner = factor[left:, left:]
-        unit = torch.eye(len(corner), min(PANEL, len(corner)), dtype=torch.float64)
+        unit = torch.eye(len(corner), min(PANEL, len(corner)), dtype=torch.float64, device=factor.device)
         total += float(torch.linalg.solve_triangular(corner, unit, upper=False).square().sum())
     return total
 
@@ -262,7 +264,7 @@ class Dual:
     packed_gram: Float[Tensor, " packed"]
 
     def __call__(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q K"]:
-        seen = torch.empty(self.rows.num_rows, len(q), dtype=torch.float64)
+        seen = torch.empty(self.rows.num_rows, len(q), dtype=torch.float64, device=q.device)
         for lo, hi, g in self.rows.chunks():
             seen[lo:hi] = g @ q.T
         weights = torch.cholesky_solve(seen, self.factor)  # [N, Q]
@@ -274,14 +276,14 @@ class Dual:
     def self_influence(self, rows: BlockRows) -> Float[Tensor, " N"]:
         """The diagonal of G (F + lambda I)^-1 G^T = N (L L^T)^-1 G G^T, by the push-through identity; no row is read.
         Equal to (K - K M^-1 K) / lambda without its cancellation."""
-        lower = unpack(self.packed_gram)
+        lower = unpack(self.packed_gram).to(self.factor.device)
         full = lower + lower.tril(-1).T
         return self.rows.num_rows * torch.cholesky_solve(full, self.factor).diagonal().clamp(min=0)
 
 
 def per_row(rows: BlockRows, measure: Callable[[Tensor], Tensor]) -> Float[Tensor, " N"]:
     """What `measure` makes of each row, in one pass over all of them."""
-    result = torch.empty(rows.num_rows, dtype=torch.float64)
+    result = torch.empty(rows.num_rows, dtype=torch.float64, device=rows.device)
     for lo, hi, g in rows.chunks():
         result[lo:hi] = measure(g)
     return result

@@ -66,6 +66,11 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic on this device's behalf is done: there, or on the CPU beside one that has no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-256 over the sorted parameters and buffers of the state dict: name, dtype, shape and bytes."""
     digest = hashlib.blake2b(digest_size=32)
@@ -95,13 +100,18 @@ def context_length(model: nn.Module) -> int | None:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 matrix products at `highest` or `medium` (bfloat16 arithmetic where the hardware has it) precision."""
-    before = torch.get_float32_matmul_precision()
+    """float32 matrix products at `highest` or `medium` (bfloat16 arithmetic where the hardware has it) precision.
+
+    Convolutions follow: by default those of an NVIDIA device would round to TF32 at any precision of products.
+    """
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def noted_path(model: str) -> str:

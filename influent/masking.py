@@ -27,7 +27,7 @@ from influent.errors import DataError, SpecError
 from influent.examples import ids_and_hashes
 from influent.filling import sample_of
 from influent.gradients import Outer, Side
-from influent.layers import Block
+from influent.layers import Block, device_of
 from influent.methods import DEFAULT_LENGTH, catalogue
 from influent.moments import check_widths, in_groups
 from influent.pairs import Pairs
@@ -234,6 +234,11 @@ class _Learning:
     def target(self) -> str:
         return self.attached.collector.target
 
+    @property
+    def device(self) -> torch.device:
+        """Where a mask is searched, one at a time."""
+        return device_of(self.attached.collector.model)
+
 
 class _Keeper:
     """The receiver (pairs.py) that keeps one batch, and puts it into its places of the sample."""
@@ -310,7 +315,8 @@ def _search(learning: _Learning, held: Sampled, block: Block, seed: int) -> Foun
     sizes = learning.how.sizes
     if block.is_vector and len(sizes) == 2:  # AxB means the flat counterpart of size A * B
         sizes = (sizes[0] * sizes[1],)
-    return search(held, replace(learning.how, sizes=sizes), seed=seed, block=block.name, queries=len(learning.queries))
+    how = replace(learning.how, sizes=sizes)
+    return search(held.to(learning.device), how, seed=seed, block=block.name, queries=len(learning.queries))
 
 
 def _tensors(found: Found, block: Block) -> dict[str, Tensor]:
@@ -338,7 +344,9 @@ def _write_all(
         if progress is not None:
             progress("mask", step, learning.how.steps)
 
-    found = search(joined, learning.how, seed=seed, block=ALL, queries=len(learning.queries), tell=tell)
+    found = search(
+        joined.to(learning.device), learning.how, seed=seed, block=ALL, queries=len(learning.queries), tell=tell
+    )
     (kept,) = found.kept
     kept = torch.arange(joined.widths[0]) if kept is None else kept
     first, parts = 0, {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -257,6 +258,8 @@ def fit(
         labels: for kfac and ekfac `sampled` from the model (the default) or `empirical`: the data's.
         memory: MiB for the rows that are held at a time (256 by default), or for the layers of kfac and ekfac (2,048).
             Results do not depend on it.
+        device: where fim is fitted, in float64; by default an accelerator if there is one. The other curvatures of
+            stored rows are fitted on the CPU.
         model, task, data: for kfac and ekfac, as for `query`.
 
     Returns:
@@ -264,6 +267,7 @@ def fit(
         `rank`, `tail`, `captured` and `top` for each block.
     """
     from influent import curvature as curvatures
+    from influent.loading import choose_device, exact_device
 
     opened = Ensemble.open(index)
     own = own_curvature(opened.first) if curvature is None else curvature
@@ -274,11 +278,11 @@ def fit(
         models = remodelled(opened, model, task, data, token_budget=token_budget, device=device)
         fitted = [again.settle(wanted, memory=memory, progress=progress) for again in models]
     else:
-        rows = curvatures.MEMORY if memory is None else memory
-        fitted = [
-            curvatures.fit(member, curvature=wanted.curvature, damping=wanted.damping, memory=rows, progress=progress)
-            for member in opened.members
-        ]
+        fits = partial(
+            curvatures.fit, memory=curvatures.MEMORY if memory is None else memory,
+            device=exact_device(choose_device(device)), progress=progress,
+        )  # fmt: skip
+        fitted = [fits(each, curvature=wanted.curvature, damping=wanted.damping) for each in opened.members]
     shown = None if wanted.damping is None else str(wanted.damping)
     health = opened.named([each.health() for each in fitted])
     return {"name": fitted[0].name, "curvature": wanted.curvature, "damping": shown, "health": health}
@@ -313,6 +317,7 @@ def self_influence(
 
     from influent import curvature as curvatures
     from influent import score
+    from influent.loading import choose_device, exact_device
     from influent.recompute import remodelled
     from influent.reduce import TopK
 
@@ -328,16 +333,13 @@ def self_influence(
             fits.append(again.settle(choice, memory=memory, progress=progress))
             values += weight * again.self_influence(fits[-1], progress=progress).double()
     else:
+        where = exact_device(choose_device(device))
         for member, choice, weight in zip(opened.members, choices, opened.weights, strict=True):
-            fits.append(
-                curvatures.fit(
-                    member,
-                    curvature=choice.curvature,
-                    damping=choice.damping,
-                    progress=progress,
-                    memory=curvatures.MEMORY if memory is None else memory,
-                )
-            )
+            fitted = curvatures.fit(
+                member, curvature=choice.curvature, damping=choice.damping, device=where, progress=progress,
+                memory=curvatures.MEMORY if memory is None else memory,
+            )  # fmt: skip
+            fits.append(fitted)
             values += weight * score.self_influence(member, fits[-1], progress=progress).double()
     if (scale := scale_of(opened)) is not None:
         values *= scale.double()

@@ -31,7 +31,9 @@ from influent.ggn import ConjugateGradients
 from influent.kron import FIT_MEMORY, Fitting, KronFull, KronRows
 from influent.kronecker import Kronecker
 from influent.kronname import KronName
+from influent.layers import device_of
 from influent.live import LiveScorer, prepared, quadratics
+from influent.loading import exact_device
 from influent.passes import CHUNK, Passes
 from influent.progress import Progress
 from influent.rowstore import Index
@@ -77,7 +79,8 @@ class Recomputed:
             return self.fit(choice.kron, memory=memory, progress=progress)
         return curvatures.fit(
             self.index, curvature=choice.curvature, damping=choice.damping,
-            memory=curvatures.MEMORY if memory is None else memory, progress=progress,
+            memory=curvatures.MEMORY if memory is None else memory,
+            device=exact_device(device_of(self.attached.collector.model)), progress=progress,
         )  # fmt: skip
 
     def fit(self, name: KronName, *, memory: int | None = None, progress: Progress | None = None) -> AnyCurvature:

@@ -121,7 +121,8 @@ def search(
             f"({facts['held']:.4f}, random {random:.4f}); raise --sample, lower --rate, raise --steps, or use "
             "mask in the place of select"
         )
-    return Found(_chosen(best, sizes), {**facts, "random": random})
+    kept = tuple(None if side is None else side.cpu() for side in _chosen(best, sizes))
+    return Found(kept, {**facts, "random": random})
 
 
 def objective(
@@ -175,7 +176,7 @@ def _climb(
     """Adam on S; the S whose mask agrees best on the pairs held out."""
     widths = learned.pairs.widths
     sides = list(zip(_names(widths), sizes, widths, strict=True))
-    scores = tuple(_first(seed, block, side, k, width) for side, k, width in sides)
+    scores = tuple(_first(seed, block, side, k, width).to(learned.pairs.device) for side, k, width in sides)
     penalties = [_Penalty(how, k, width) for _, k, width in sides]
     adam = torch.optim.Adam(scores, lr=how.rate)
     start = value = _hard(judged, scores, sizes)
@@ -237,17 +238,17 @@ def _chosen(scores: Weights, sizes: tuple[int, ...]) -> Kept:
     )
 
 
-def _mask(kept: Kept, widths: tuple[int, ...], dtype: torch.dtype) -> Weights:
-    ones = [torch.ones(p, dtype=dtype) for p in widths]
+def _mask(kept: Kept, pairs: Sampled) -> Weights:
+    ones = [torch.ones(p, dtype=pairs.dtype, device=pairs.device) for p in pairs.widths]
     return tuple(
-        one if places is None else torch.zeros_like(one).index_fill_(0, places, 1)
+        one if places is None else torch.zeros_like(one).index_fill_(0, places.to(one.device), 1)
         for one, places in zip(ones, kept, strict=True)
     )
 
 
 def _hard(agreement: Agreement, scores: Weights, sizes: tuple[int, ...]) -> float:
     """The agreement of the mask that S stands for."""
-    return agreement.value(_mask(_chosen(scores, sizes), agreement.pairs.widths, agreement.pairs.dtype))
+    return agreement.value(_mask(_chosen(scores, sizes), agreement.pairs))
 
 
 def _random(agreement: Agreement, sizes: tuple[int, ...], seed: int, block: str) -> float:
@@ -258,5 +259,5 @@ def _random(agreement: Agreement, sizes: tuple[int, ...], seed: int, block: str)
             None if k == p else torch.from_numpy(Stream(seed, block, f"select-random-{number}", side).subset(p, k))
             for side, p, k in zip(_names(widths), widths, sizes, strict=True)
         )
-        total += agreement.value(_mask(kept, widths, agreement.pairs.dtype))
+        total += agreement.value(_mask(kept, agreement.pairs))
     return total / RANDOM_MASKS

@@ -1,0 +1,196 @@
+"""What GraSS's two experiments on images came to: results/grass_images.json and docs/grass_images.png.
+
+Reads what image_truth.py and grass_images.py left in DIR; of what is finished.
+
+    python benchmarks/grass_images_report.py --work DIR
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import environment
+import numpy as np
+from grass_images import COMPRESSORS, DAMPINGS, DEFAULT, SIZES
+from image_truth import SETTINGS, new_model
+
+from influent.metrics import bootstrap, spearman
+
+
+def judged(each: np.ndarray) -> dict[str, float]:
+    interval = bootstrap(each)
+    return {"mean": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+
+
+def tuning(num_queries: int) -> np.ndarray:
+    """The tenth of the queries on which the damping is chosen."""
+    chosen = np.zeros(num_queries, bool)
+    chosen[np.random.default_rng(2).permutation(num_queries)[: num_queries // 10]] = True
+    return chosen
+
+
+def scored(work: Path, margins: np.ndarray) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+    """LDS [1 + seeds, dampings, queries] of each finished unit, by compressor and size, then by the seed of its maps:
+    of the mean of the margins over the trainings' seeds, and of each of those alone."""
+    outcomes = np.stack([margins.mean(1), *margins.swapaxes(0, 1)])  # [1 + seeds, halves, queries]
+    found: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for path in sorted((work / "ranks").glob("*.npz")):
+        kind, k, seed = path.stem.rsplit("-", 2)
+        with np.load(path) as held:
+            order = held["ranks"].astype(np.float64)
+        each = np.stack([[spearman(one, np.ascontiguousarray(gain.T)) for one in order] for gain in outcomes])
+        found.setdefault((kind, int(k)), {})[int(seed)] = each
+    return found
+
+
+def results(work: Path, margins: np.ndarray) -> list[dict[str, Any]]:
+    """One entry for each finished compressor and size; means over the seeds of its maps."""
+    found, tune = [], tuning(margins.shape[2])
+    for (kind, k), by_seed in scored(work, margins).items():
+        each = np.mean(list(by_seed.values()), 0)
+        best, default = int(each[0][:, tune].mean(1).argmax()), DAMPINGS.index(DEFAULT)
+        found.append(
+            {
+                "compressor": kind, "k": k, "damping": DAMPINGS[best],
+                "lds": judged(each[0][best, ~tune]), "default": judged(each[0][default, ~tune]),
+                "grid": dict(zip(DAMPINGS, each[0][:, ~tune].mean(1).round(4).tolist(), strict=True)),
+                "by map seed": {
+                    str(seed): round(float(one[0][best, ~tune].mean()), 4) for seed, one in by_seed.items()
+                },
+                "compress_s": taken(work, kind, k, "cpu"), "compress_gpu_s": taken(work, kind, k, "cuda"),
+                "each": {seed: one[:, best][:, ~tune] for seed, one in by_seed.items()},
+            }
+        )  # fmt: skip
+    order = list(COMPRESSORS)
+    return sorted(found, key=lambda one: (order.index(one["compressor"]), one["k"]))
+
+
+def taken(work: Path, kind: str, k: int, on: str) -> float | None:
+    """Measured seconds, to three decimals (of a GPU five)."""
+    path = work / "timings" / f"{kind}-{k}-{on}.json"
+    return round(json.loads(path.read_text())["seconds"], 5 if on == "cuda" else 3) if path.exists() else None
+
+
+def machines(work: Path) -> list[str]:
+    return sorted({json.loads(path.read_text())["machine"] for path in (work / "timings").glob("*.json")})
+
+
+def ceiling(truth: Any) -> float | None:
+    """The rank correlation, over the halves, of one seed's margins with another's: what a perfect score of these noisy
+    outcomes could hardly exceed."""
+    margins = truth["margins"]
+    if margins.shape[1] < 2:
+        return None
+    pairs = [(a, b) for a in range(margins.shape[1]) for b in range(a)]
+    return round(float(np.mean([spearman(margins[:, a].T, margins[:, b].T).mean() for a, b in pairs])), 4)
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two compressors' LDS, query by query, over the seeds of maps that both have; and by seed of the trainings, and
+    of the maps."""
+    common = sorted(one["each"].keys() & other["each"].keys())
+    gaps = np.stack([one["each"][seed] - other["each"][seed] for seed in common])  # [map seeds, 1 + seeds, queries]
+    mean = gaps.mean((0, 2)).round(4).tolist()
+    by_maps = gaps[:, 0].mean(1).round(4).tolist()
+    return {**judged(gaps.mean(0)[0]), "by training seed": mean[1:], "by map seed": by_maps}
+
+
+def claims_of(model: str) -> list[tuple[str, str, str, float, float]]:
+    """The paper's claims: text, the two compressors, the least difference of LDS, and how many times faster."""
+    claims = [("SM >= RM", "SM", "RM", 0.0, 0.0)]
+    claims += [(f"SJLT within .02 of {o}, faster", "SJLT", o, -0.02, 1.0) for o in ("FJLT", "GAUSS")]
+    if model == "resnet":
+        claims += [
+            (f"{kind} within .03 of SJLT at 20 times its speed", kind, "SJLT", -0.03, 20.0)
+            for kind in ("GraSS(RM)", "GraSS(SM)")
+        ]
+    return claims
+
+
+def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """The paper's claims, each with the difference and whether it holds: None until both sides are measured. `settled`:
+    the interval has the least difference on one side."""
+    by, out = {(one["compressor"], one["k"]): one for one in found}, []
+    for k in SIZES:
+        for claim, first, second, least, faster in claims_of(model):
+            entry: dict[str, Any] = {"claim": claim, "k": k, "holds": None}
+            if (first, k) in by and (second, k) in by:
+                one, other = by[first, k], by[second, k]
+                gap = difference(one, other)
+                entry |= {"difference": gap, "settled": gap["low"] >= least or gap["high"] < least}
+                known = None not in (one["compress_s"], other["compress_s"])
+                times = other["compress_s"] / one["compress_s"] if known else None
+                if known or not faster:
+                    entry["holds"] = bool(gap["mean"] >= least and (not faster or times > faster))
+                entry["times"] = None if times is None else round(times, 1)
+            out.append(entry)
+    return out
+
+
+def report(work: Path) -> dict[str, Any]:
+    """Everything that is finished, of both models."""
+    document: dict[str, Any] = {
+        "queries": "9/10 of 500; the damping of each setting is the best on the other tenth",
+        "compress_s": "CPU seconds of one thread for 5,000 gradients that are formed already, one checkpoint; "
+        "compress_gpu_s: seconds of a GPU that other processes used as well. A dense matrix is drawn beforehand",
+    }
+    for model in SETTINGS:
+        if not (work / model / "ranks").is_dir():
+            continue
+        truth = np.load(work / model / "truth.npz")
+        found = results(work / model, truth["margins"])
+        document[model] = {
+            "halves": len(truth["rows"]), "seeds": truth["margins"].shape[1],
+            "parameters": sum(p.numel() for p in new_model(model).parameters()),
+            "trained on": {
+                str(on): {
+                    "trainings": int((truth["machines"] == on).sum()),
+                    "seconds": round(float(truth["seconds"][truth["machines"] == on].mean()), 1),
+                }
+                for on in np.unique(truth["machines"])
+            },
+            "timed on": machines(work / model), "ceiling": ceiling(truth),
+            "orderings": orderings(found, model),
+            "settings": [{key: value for key, value in one.items() if key != "each"} for one in found],
+        }  # fmt: skip
+    return document
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """LDS against the seconds of compression, one panel a model, a line a compressor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = [model for model in SETTINGS if model in document]
+    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        for kind in COMPRESSORS:
+            line = [one for one in document[model]["settings"] if one["compressor"] == kind]
+            if line:
+                means = [one["lds"]["mean"] for one in line]
+                spread = [
+                    [mean - one["lds"]["low"] for mean, one in zip(means, line, strict=True)],
+                    [one["lds"]["high"] - mean for mean, one in zip(means, line, strict=True)],
+                ]
+                axis.errorbar(
+                    [one["compress_s"] for one in line], means, yerr=spread, marker="o", capsize=2, label=kind
+                )
+        axis.set(title=model, xscale="log", xlabel="CPU seconds to compress 5,000 gradients", ylabel="LDS")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    document = report(parser.parse_args().work)
+    environment.save("grass_images", document)
+    plot(document, Path(__file__).parent.parent / "docs" / "grass_images.png")
+
+
+if __name__ == "__main__":
+    main()
