@@ -206,7 +206,8 @@ def _facts(student: Student, estimates: Sequence[Estimate]) -> dict[str, Any]:
     names = [next(iter(estimate.intervals)) for estimate in estimates]
     return {
         "method": "alinfik", "rung": student.spec["rung"], "normalize": student.spec["normalize"],
-        "unit": UNITS[student.spec["normalize"]], "interval": "unlabelled" if "unlabelled" in names else "labels",
+        "unit": student.spec.get("unit") or UNITS[student.spec["normalize"]],
+        "interval": "unlabelled" if "unlabelled" in names else "labels",
         "model": student.spec["model"], "student": student.digest, "distilled": student.summary["date"],
     }  # fmt: skip
 

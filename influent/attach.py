@@ -23,7 +23,7 @@ from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
 from influent.layers import Block, Plan, device_of, plan
 from influent.layout import with_factors
-from influent.optimizer import Scale, read_scale
+from influent.optimizer import KINDS, AdamStep, Scale, read_scale, read_step
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
@@ -49,7 +49,8 @@ class Setting:
     seed: int = 0
     target: str = "loss"
     key: str = "block"
-    optimizer: str | None = None  # the state by which gradients are scaled (optimizer.py)
+    optimizer: str | None = None  # the state by which gradients are scaled, or that steps on them (optimizer.py)
+    scale: str = "adam"  # which of the two, given a state
     calibration: int = 512  # training rows from which a learned stage is made
 
     def __post_init__(self) -> None:
@@ -61,6 +62,12 @@ class Setting:
             raise SpecError(f"target is {self.target!r}, expected loss or margin")
         if self.key not in KEYS:
             raise SpecError(f"key is {self.key!r}, expected {' or '.join(KEYS)}")
+        if self.scale not in KINDS:
+            raise SpecError(f"scale is {self.scale!r}, expected {' or '.join(KINDS)}")
+        if self.optimizer is not None and self.rows == NONE:
+            raise SpecError("rows none: plain gradients are computed anew, so that an optimizer's state has no part")
+        if self.optimizer is not None and self.scale == "adam-step" and self.target != "loss":
+            raise SpecError(f"scale adam-step: an optimizer steps on the loss, and the target is {self.target!r}")
         if self.seed < 0:
             raise SpecError(f"seed is {self.seed}, expected 0 or more")
         if self.calibration < 1:
@@ -137,7 +144,7 @@ def attach(
         elif compressor.selects is not None:
             bases = _selected(compressor, mask, tracked, index)
         matrices = {} if bases is None else bases.matrices
-        scaled = None if setting.optimizer is None else _scale(setting.optimizer, module, tracked, compressor)
+        state = _state(setting, module, tracked, task, compressor)
         if setting.key == "all":
             bound = {ALL: bind_whole(compressor, tracked, setting.seed, matrices).to(device)}
         else:
@@ -145,18 +152,19 @@ def attach(
                 block.name: compressor.bind(block, setting.seed, matrices.get(block.name)).to(device)
                 for block in tracked.blocks
             }
-        if scaled is not None:
+        if isinstance(state, Scale):
             bound = {
-                name: replace(each, weight=_weight(scaled, name, tracked)).to(device) for name, each in bound.items()
+                name: replace(each, weight=_weight(state, name, tracked)).to(device) for name, each in bound.items()
             }
         collector = Collector(
-            module, tracked, bound, task, run.token_budget, run.skip_nonfinite, target=setting.target
+            module, tracked, bound, task, run.token_budget, run.skip_nonfinite, target=setting.target,
+            step=state if isinstance(state, AdamStep) else None,
         )  # fmt: skip
         identity = _identity(collector, facts, str(compressor), rows)
         if bases is not None:
             identity["bases"] = bases.digest
-        if scaled is not None:
-            identity["scale"] = {"kind": "adam", "state": scaled.digest}
+        if state is not None:
+            identity["scale"] = {"kind": setting.scale, "state": state.digest}
         yield Attached(collector, rows, identity, loading.config_facts(module))
 
 
@@ -244,13 +252,21 @@ def _identity(collector: Collector, facts: dict[str, Any], compress: str, rows: 
     return identity if collector.target == "loss" else {**identity, "target": collector.target}
 
 
-def _scale(path: str, module: nn.Module, tracked: Plan, compressor: Compress) -> Scale:
+def _state(
+    setting: Setting, module: nn.Module, tracked: Plan, task: Task, compressor: Compress
+) -> Scale | AdamStep | None:
+    """What an optimizer's state does to gradients."""
+    if setting.optimizer is None:
+        return None
     if compressor.learned is not None:
         raise SpecError(
             f"compressor '{compressor}': '{compressor.learned}' is learned from gradients that are not scaled; use "
-            "another one with --scale adam"
+            f"another one with --scale {setting.scale}"
         )
-    return read_scale(path, module, tracked)
+    if setting.scale == "adam":
+        return read_scale(setting.optimizer, module, tracked)
+    by_token = isinstance(task, CausalLM) and task.reduction == "sum"  # trainers step on the mean
+    return read_step(setting.optimizer, module, tracked, by_token=by_token)
 
 
 def _weight(scaled: Scale, name: str, tracked: Plan) -> Tensor:

@@ -99,31 +99,26 @@ class Bound:
             rest = rest[1:]
         else:
             formed = (grad.flat() * weight).unflatten(1, (grad.in_width, grad.out_width))
-            for m in self.outer[len(outer) :]:
-                formed = m.raw(formed)
-            formed = formed.transpose(1, 2).contiguous()
-            for m in self.inner[len(inner) :]:
-                formed = m.raw(formed)
-            row = formed.transpose(1, 2).flatten(1)
+            row = _both_sides(formed, self.inner[len(inner) :], self.outer[len(outer) :])
         for m in rest:
             row = m.raw(row)
         return row * self.scale
 
     def apply(self, gradients: Float[Tensor, "B p"]) -> Float[Tensor, "B K"]:
         """Rows of materialised gradients, p = I * O: those that their sides would have given."""
-        block = self.block
         if not (self.inner or self.outer or self.flat) and self.weight is None:
             return gradients
-        if block.is_vector:
+        if self.block.is_vector or not (self.inner or self.outer):
             return self.join(Flat(gradients))
-        unit = torch.eye(block.in_width, dtype=gradients.dtype, device=gradients.device)  # a position an input
-        a = self.map_in(unit[None])
-        rows = []
-        for g in gradients.unflatten(1, (block.in_width, block.out_width)).unsqueeze(
-            1
-        ):  # one at a time: p can be large
-            rows.append(self.join(Outer(a, self.map_out(g), self.in_width, self.out_width)))
-        return torch.cat(rows)
+        step = max(1, DENSE_LIMIT // gradients.shape[1])  # p can be large
+        return torch.cat([self._apply(gradients[at : at + step]) for at in range(0, len(gradients), step)])
+
+    def _apply(self, gradients: Float[Tensor, "B p"]) -> Float[Tensor, "B K"]:
+        row = wide(gradients) if self.weight is None else wide(gradients) * self.weight
+        row = _both_sides(row.unflatten(1, (self.block.in_width, self.block.out_width)), self.inner, self.outer)
+        for m in self.flat:
+            row = m.raw(row)
+        return row * self.scale
 
     def _first(self, grad: Outer) -> tuple[Tensor, tuple[Map, ...]]:
         """The flat vector after the stages that can be had without forming the gradient, and the other stages."""
@@ -196,6 +191,16 @@ def _draw(stage: Stage, p: int, k: int, seed: int, block: Block, side: str) -> M
         raise SpecError(f"block {block.name}: stage '{stage}' leaves {k} entries, fewer than s={stage.nonzeros}")
     stream = Stream(seed, block.name, stage.kind, side)
     return draw(stage.kind, p, k, stream=stream, nonzeros=stage.nonzeros, law=stage.law)
+
+
+def _both_sides(formed: Float[Tensor, "B I O"], inner: tuple[Map, ...], outer: tuple[Map, ...]) -> Float[Tensor, "B K"]:
+    """Formed gradients through the maps of both sides, flat."""
+    for m in outer:
+        formed = m.raw(formed)
+    formed = formed.transpose(1, 2).contiguous()
+    for m in inner:
+        formed = m.raw(formed)
+    return formed.transpose(1, 2).flatten(1)
 
 
 def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:

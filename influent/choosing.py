@@ -80,6 +80,7 @@ def check_curvature(
     if name is None and own == "identity" and damping is not None:
         name = "fim"
     name = name or own
+    check_steps(index, name)
     if (kron := kronname.parse(name)) is not None:
         return _kron(kron, damping, rule)
     wanted, has_own = split_name(name)
@@ -99,6 +100,15 @@ def check_curvature(
         known = ", ".join([*kinds, *curvatures.list_fitted(index)])
         raise SpecError(f"curvature {name!r} is not known; expected one of {known}, or fim with a --damping")
     return Choice(kind, _fim_damping(index, name, written, damping))
+
+
+def check_steps(index: Index, what: str) -> None:
+    """SpecError where `what` takes an index's rows for gradients and they are an optimizer's steps."""
+    if what != "identity" and index.spec.get("scale", {}).get("kind") == "adam-step":
+        raise SpecError(
+            f"{index.path}: its rows are steps of Adam, and {what} is of gradients: use --curvature identity and "
+            "--normalize none or cosine, or index again without --scale adam-step"
+        )
 
 
 def _fim_damping(index: Index, name: str, written: str, damping: str | None) -> Damping:

@@ -66,7 +66,7 @@ def index(
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="A row for each layer: block; one for all: all. By method.")
     ] = None,
-    scale: Annotated[str, typer.Option(metavar="NAME", help="Of gradients: none, or adam by --optimizer.")] = "none",
+    scale: Annotated[str, typer.Option(metavar="NAME", help="none; by --optimizer: adam, adam-step.")] = "none",
     optimizer: Annotated[
         str | None, typer.Option(metavar="FILE", help="Adam's state: safetensors by name, or optimizer.pt.")
     ] = None,
@@ -108,7 +108,7 @@ def index(
     The same command again resumes an interrupted one.
     """
     preflight.choice("--method", method, METHODS)
-    preflight.choice("--scale", scale, ("none", "adam"))
+    preflight.choice("--scale", scale, ("none", "adam", "adam-step"))
     preflight.choice("--key", key or "block", ("block", "all"))
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))

@@ -7,7 +7,7 @@ where rows are stored (rowstore.py), what a gradient is (extract.py), how it is 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ from influent.codec import Codec, Factors
 from influent.coding import encode
 from influent.errors import DataError, NumericsError
 from influent.layers import Plan, device_of
+from influent.optimizer import AdamStep
 from influent.task import Encodes, Margins, Part, Task
 
 HELD_BYTES = 256 * 2**20  # of float32 rows of documents in several parts, while their parts are summed
+STEP_BYTES = 2**30  # of whole gradients on which an optimizer steps, and of what is made of them
+COPIES = 4
+PLAIN = Codec.parse("float32")
 
 Rows = dict[str, Tensor]  # block -> [B, K]
 Queue = list[tuple[int, Part]]  # parts to do, each with the place of its example
@@ -39,6 +43,7 @@ class Collector:
         target: differentiate the task's `loss` (of queries its `measure`), or for both its `margin`.
         codec: code the rows as they will be stored; `none` makes no rows and takes only the losses. None, or one that
             is just a float dtype, leaves them in float32.
+        step: rows are this optimizer's steps on the gradients; a query's stay gradients.
     """
 
     model: nn.Module
@@ -49,6 +54,7 @@ class Collector:
     skip_nonfinite: bool = False
     codec: Codec | None = None
     target: str = "loss"
+    step: AdamStep | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -80,6 +86,8 @@ class Collector:
         Raises:
             NumericsError: a loss or gradient is not finite; names the example (and block).
         """
+        if self.step is not None and not query:
+            return self._steps(self.step, examples, name, progress)
         device, widths = device_of(self.model), self.widths
         if self.codec is not None and not self.codec.stored:
             widths = {}
@@ -108,6 +116,37 @@ class Collector:
             out.rows, out.captured = coded.tensors, coded.captured
         if out.residual is not None:
             out.residual /= out.tokens.clamp(min=1)
+        return out
+
+    def _steps(
+        self,
+        step: AdamStep,
+        examples: Sequence[Any],
+        name: Callable[[int], str],
+        progress: Callable[[float], None] | None,
+    ) -> "Collected":
+        """Rows of the optimizer's steps: whole gradients are formed, of some examples at a time, for a step is not
+        linear in what tied layers and the parts of a document add up to."""
+        blocks, device = self.plan.blocks, device_of(self.model)
+        plain = replace(self, bound={b.name: Bound(b, (), (), ()) for b in blocks}, codec=None, step=None)
+        out = Collected.empty(len(examples), device)
+        coded = _Coded.empty(self.codec or PLAIN, len(examples), self.widths, self.factors, device)
+        size = max(1, STEP_BYTES // (4 * COPIES * sum(block.width for block in blocks)))
+        for lo in range(0, len(examples), size):
+            hi = min(lo + size, len(examples))
+            made = plain.collect(examples[lo:hi], name=lambda i, lo=lo: name(lo + i))
+            out.take(lo, made)
+            moved = {b.name: step(b.name, made.rows.pop(b.name), made.tokens) for b in blocks}
+            if (joined := self.bound.get(whole.ALL)) is not None:
+                rows = {whole.ALL: joined.apply(torch.cat([moved[b.name] for b in blocks], dim=1))}
+            else:
+                rows = {key: bound.apply(moved.pop(key)) for key, bound in self.bound.items()}
+            held = _Held(list(range(lo, hi)), rows)
+            self._check(out, held, name, query=False)
+            coded.add(held)
+            if progress is not None:
+                progress(hi / len(examples))
+        out.rows, out.captured = coded.tensors, coded.captured
         return out
 
     def _groups(
@@ -215,6 +254,14 @@ class Collected:
     num_split: int = 0
     captured: Float[Tensor, "n blocks"] | None = None
     residual: Float[Tensor, " n"] | None = None  # of the target margin: see task.Margins
+
+    def take(self, lo: int, some: "Collected") -> None:
+        """What is known of the examples from `lo` on, but for their rows."""
+        for mine, theirs in ((self.loss, some.loss), (self.norm, some.norm), (self.tokens, some.tokens)):
+            mine[lo : lo + len(theirs)] = theirs
+        for reason, rows in some.skipped.items():
+            self.skipped.setdefault(reason, set()).update(lo + row for row in rows)
+        self.num_split += some.num_split
 
     @staticmethod
     def empty(n: int, device: torch.device, *, residual: bool = False) -> "Collected":

@@ -37,7 +37,7 @@ from influent.storage import Store
 from influent.student import Head, Labels
 from influent.target import Target
 from influent.task import Encodes, Task
-from influent.valuing import FORMS
+from influent.valuing import FORMS, unit_of
 
 RUNGS = ("bm25", "tfidf", "encoder", "lm")
 LEAST = 20  # labels of each provider, as far as it has rows
@@ -115,6 +115,7 @@ def distill(
         "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
         "queries": len(wanted), "normalize": normalize, "by": by, "rung": kept, "calibration": calibration,
         "labels": len(chosen), "held": int(held.sum()), "seed": seed,
+        **({"unit": unit_of(opened, normalize)} if "scale" in opened.spec else {}),
     }  # fmt: skip
     path = student if kept == "lm" else encoder
     files = students.copy_model(path, store) if embed_model and path is not None and kept in ("lm", "encoder") else []

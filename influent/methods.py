@@ -19,7 +19,7 @@ from influent import ensemble as ensembles
 from influent import rowstore
 from influent.artifact import Artifact
 from influent.catalog import Catalog
-from influent.choosing import check_curvature, check_fit, method_facts
+from influent.choosing import check_curvature, check_fit, check_steps, method_facts
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.ensemble import Ensemble
@@ -154,6 +154,8 @@ def index(
         key: `block` for a row in each layer, `all` for one row of all layers together. By default the method's way.
         scale: `adam` divides each entry of a gradient by the root of Adam's second moment before it is compressed;
             `optimizer` is then the file of that state: safetensors of exp_avg_sq by name, or torch's optimizer.pt.
+            `adam-step` makes each row the step that Adam would take on it, and leaves queries' gradients as they are:
+            for linfik and graddot, whose scores are then the drop of a query's loss.
         rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
         row_bytes: the size of a stored row; the method's compressor (and codec) is then the largest that fits it.
         task: needed for a module; by default CausalLM with the model's tokenizer.
@@ -168,10 +170,7 @@ def index(
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
     if key not in (None, "block", "all"):
         raise SpecError(f"key is {key!r}, expected block or all")
-    if (scale, optimizer is None) not in (("none", True), ("adam", False)):
-        raise SpecError(f"scale is {scale!r} and optimizer {optimizer!r}: expected none, or adam and its state's file")
-    if scale == "adam" and checkpoints:
-        raise SpecError("scale adam is for one model: an ensemble's checkpoints would each need their own state")
+    _check_scale(scale, optimizer, METHODS[method], checkpoints)
     if shard_rows is not None and shard_rows < 1:
         raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
     if task is not None and max_length != DEFAULT_LENGTH:
@@ -196,6 +195,7 @@ def index(
         budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
         layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
         seed=seed, target=own.target, key=key or own.key, optimizer=optimizer,
+        scale="adam" if scale == "none" else scale,
     )  # fmt: skip
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     places = _places(Store(out), len(weights))
@@ -208,6 +208,17 @@ def index(
     if len(weights) > 1:
         ensembles.commit(Store(out), weights)
     return info(out)
+
+
+def _check_scale(scale: str, optimizer: str | None, own: Method, checkpoints: Sequence[Any] | None) -> None:
+    if scale not in ("none", "adam", "adam-step") or (scale == "none") != (optimizer is None):
+        raise SpecError(
+            f"scale is {scale!r} and optimizer {optimizer!r}: expected none, or adam or adam-step and its state's file"
+        )
+    if scale != "none" and checkpoints:
+        raise SpecError(f"scale {scale} is for one model: an ensemble's checkpoints would each need their own state")
+    if scale == "adam-step" and (own.curvature, own.target) != ("identity", "loss"):
+        raise SpecError("scale adam-step is for a plain product with the loss's gradients: use --method linfik")
 
 
 def _weights(method: str, num_members: int, rates: Sequence[float] | None) -> list[float]:
@@ -272,6 +283,7 @@ def fit(
     opened = Ensemble.open(index)
     own = own_curvature(opened.first) if curvature is None else curvature
     wanted = check_fit("fim" if curvature is None and own == "identity" else own, damping, labels)
+    check_steps(opened.first, wanted.curvature)
     if wanted.kron is not None:
         from influent.recompute import remodelled
 
@@ -322,6 +334,7 @@ def self_influence(
     from influent.reduce import TopK
 
     opened = Ensemble.open(index)
+    check_steps(opened.first, "self-influence")
     choices = [
         check_curvature(member, curvature, damping, own=own_curvature(member), parity=parity)
         for member in opened.members

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from influent.layers import Block, Plan, Site
 from influent.sides import is_conv1d
@@ -16,15 +16,20 @@ from influent.sides import is_conv1d
 Named = dict[str, Tensor]  # parameter -> a tensor of its shape, or some of them stacked
 
 
-def tracked(plan: Plan) -> Named:
-    """The parameters of the tracked layers by their names in the model."""
-    found: Named = {}
+def held(plan: Plan) -> dict[str, nn.Parameter]:
+    """The parameters of the tracked layers by their modules' names."""
+    found: dict[str, nn.Parameter] = {}
     for site in _owners(plan).values():
         module: Any = site.module
-        found[_named(site, "weight")] = module.weight.detach()
+        found[_named(site, "weight")] = module.weight
         if getattr(module, "bias", None) is not None:
-            found[_named(site, "bias")] = module.bias.detach()
+            found[_named(site, "bias")] = module.bias
     return found
+
+
+def tracked(plan: Plan) -> Named:
+    """Their values."""
+    return {name: parameter.detach() for name, parameter in held(plan).items()}
 
 
 def to_parameters(plan: Plan, vectors: Mapping[str, Tensor]) -> Named:

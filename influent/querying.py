@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from influent import baselines, score
 from influent.attach import Run, Setting
 from influent.checkpoints import Checkpoint, instances
-from influent.choosing import check_curvature, method_facts
+from influent.choosing import check_curvature, check_steps, method_facts
 from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
 from influent.fitting import AnyCurvature
@@ -89,6 +89,7 @@ def query(
     if query_rank is not None and query_rank < 1:
         raise SpecError(f"query_rank is {query_rank}, expected 1 or more")
     opened = Ensemble.open(index)
+    check_steps(opened.first, "relatif" if normalize == "relatif" else "identity")
     codec = opened.first.codec
     if query_rank is not None and codec.stored and not any(map(codec.stored_rank, opened.first.factors.values())):
         raise SpecError(f"{opened.path}: query_rank {query_rank} is for rows that are cut to a rank; these are {codec}")
@@ -209,7 +210,7 @@ def setting_of(index: Index) -> Setting:
         compress=spec["compress"], rows=spec["rows"], layers=notes["layers"], exclude=notes["exclude"],
         max_length=notes["max_length"], dtype=spec["numerics"]["dtype"], matmul=spec["numerics"]["matmul"],
         seed=spec["seed"], target=spec.get("target", "loss"), key=key_of(spec["layout"]),
-        optimizer=notes.get("optimizer"),
+        optimizer=notes.get("optimizer"), scale=spec.get("scale", {}).get("kind", "adam"),
     )  # fmt: skip
 
 

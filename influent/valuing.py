@@ -38,6 +38,10 @@ UNITS = {
     "cosine": "mean cosine of the row's gradient with the queries'",
     "none": "drop of the mean query loss per unit of learning rate, after one SGD step on the row",
 }
+STEP_UNITS = {
+    "cosine": "mean cosine of Adam's step on the row with the queries' gradients",
+    "none": "drop of the mean query loss per unit of learning rate, after one Adam step on the row",
+}
 
 
 def value(
@@ -143,11 +147,17 @@ def facts(index: Index, normalize: str) -> dict[str, Any]:
     return {
         "method": "linfik",
         "normalize": normalize,
-        "unit": UNITS[normalize],
+        "unit": unit_of(index, normalize),
         "model": index.spec["model"]["fingerprint"],
         "index": index.digest,
         "compress": index.spec["compress"],
     }
+
+
+def unit_of(index: Index, normalize: str) -> str:
+    """What a value of 1 means."""
+    stepped = index.spec.get("scale", {}).get("kind") == "adam-step"
+    return (STEP_UNITS if stepped else UNITS)[normalize]
 
 
 def copies(catalog: Catalog, target: Target, progress: Progress | None) -> Overlap | None:
