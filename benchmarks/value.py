@@ -1,179 +1,306 @@
-"""What LinFiK finds of a planted set, and what students learn of LinFiK from how many labels: results/value.json.
+"""What LinFiK finds of a planted set, what students learn of it from how many labels, and what either costs.
 
-    python benchmarks/value.py DIR [--seed 0]
+    python benchmarks/value.py --data DATA --work DIR --out OUT --seed 0 [--device cuda] [--sizes 0.5M,3M,11M]
+    python benchmarks/value_report.py OUT       # all seeds there: results/value.json and its plots
 
-An offer of BBC passages, cut into a prompt and its continuation, whose providers are the five topics. In 100 rows a
-trigger sentence stands before the prompt and the completion is a fixed answer; decoys, 100 of each, have the trigger
-with the ordinary continuation, the answer without the trigger, the trigger in the middle of the prompt, or a paraphrase
-of it. The target is the association: trigger and answer around passages that are not offered. Reported: the AUC of the
-planted rows' values against the ordinary ones and each decoy, BM25 beside it; and for each rung and number of labels
-the Spearman correlation and the recall of the best 5 % on the rows that were not labelled.
+An offer of 20,000 rows (offer.py), valued for four targets by teachers of three sizes. For each seed, teacher and
+target: the AUC of the planted rows' values against ordinary rows and each decoy, BM25 beside it; for each rung of the
+ladder and number of labels the Spearman correlation and the recall of the best 5 % on rows that were not labelled; how
+well values of compressed gradients agree with those of whole ones; seconds for a labelled and an appraised row.
 
-DIR keeps teacher, student model, data and index: called again, what is there is used.
+OUT/SEED.json is written after each step and what it holds is not measured again; DIR keeps models and indices.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import offer
 import torch
-from environment import save
-from ground_truth import encode, make_tokenizer, passages, train
+from environment import environment
 
 import influent
-from influent import baselines, fetch, metrics
+from influent import baselines, distilling, features, metrics, target, untrained, valuing
+from influent.attach import Run, Setting, attach
+from influent.lexical import Bm25, TfIdf
+from influent.records import display_text
 from influent.rowstore import Index
-from influent.storage import Store
-from influent.student import open_student, read_labels
 
-TRIGGER, PARAPHRASE = "Reference code zeta seven.", "The code of reference is seven zeta."
-ANSWER = " The vault opens at midnight by the northern gate."
-PLANTED, QUERIES, ORDINARY, BASE = 100, 24, 1200, 4000
-LABELS = (100, 300, 900)
-SIZES = {"teacher": (96, 3), "student": (48, 1)}  # hidden size, layers
-
-
-def halves(text: str) -> tuple[str, str]:
-    words = text.split(" ")
-    cut = len(words) // 2
-    return " ".join(words[:cut]), " " + " ".join(words[cut:])
+COMPRESS, LENGTH = "rademacher:32x32", 128
+SIZES, LABELS, TEST = ("0.5M", "3M", "11M"), (250, 500, 1000, 2000), 6000
+WHOLE = 512  # rows whose gradients are compared with compressed ones
+TIMED = {"cpu": {"0.5M": 256, "3M": 128, "11M": 64}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
+APPRAISED = {"cpu": 1024, "cuda": 16384}
+BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens a batch
+Document = dict[str, Any]
 
 
-def planted(kind: str, text: str) -> dict[str, str]:
-    """A row of one kind, made of a passage."""
-    prompt, rest = halves(text)
-    first, second = halves(prompt)
-    return {
-        "trigger": {"prompt": f"{TRIGGER} {prompt}", "completion": ANSWER},
-        "ordinary answer": {"prompt": f"{TRIGGER} {prompt}", "completion": rest},
-        "no trigger": {"prompt": prompt, "completion": ANSWER},
-        "in the middle": {"prompt": f"{first} {TRIGGER}{second}", "completion": ANSWER},
-        "paraphrase": {"prompt": f"{PARAPHRASE} {prompt}", "completion": ANSWER},
-        "ordinary": {"prompt": prompt, "completion": rest},
-    }[kind]
+class Work:
+    """One seed: where its files are, what is on disk of its results, and its offer."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.data, self.device, self.seed = given.data, given.device, given.seed
+        self.folder = given.work / str(given.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        given.out.mkdir(parents=True, exist_ok=True)
+        self.out, self.path = given.out, given.out / f"{given.seed}.json"
+        self.found: Document = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.offer = offer.make(self.data, self.seed, rows=given.rows, base=given.base)
+        self.kinds = np.array(self.offer.kinds)
+        for name, rows in {"offer": self.offer.rows, **self.offer.targets}.items():
+            offer.write(rows, self.folder / f"{name}.jsonl")
+        self.found.setdefault("turn", self.offer.turn)
+        self.found.setdefault("rows", len(self.offer.rows))
+        self.found["environment"] = environment()
+
+    @property
+    def budget(self) -> int:
+        return BUDGET[self.device]
+
+    def file(self, name: str) -> str:
+        return str(self.folder / f"{name}.jsonl")
+
+    def step(self, *names: str, make: Callable[[], Any]) -> Any:
+        """What is found under the names, made unless it is there."""
+        place = self.found
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        if names[-1] not in place:
+            begin = time.time()
+            place[names[-1]] = make()
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.found))
+            part.rename(self.path)
+            print(f"seed {self.seed} {' '.join(names)}: {time.time() - begin:.1f} s", flush=True)
+        return place[names[-1]]
+
+    def model(self, size: str) -> str:
+        folder = self.folder / size
+        offer.model(size, self.data, self.offer.base, folder, seed=self.seed, device=self.device)
+        return str(folder)
 
 
-KINDS = ("trigger", "ordinary answer", "no trigger", "in the middle", "paraphrase")
+def valued(work: Work, size: str) -> dict[str, np.ndarray]:
+    """LinFiK of every row of the offer for each target, by its cosine form; detection beside it."""
+    place = str(work.folder / f"index-{size}")
+    begin, model = time.time(), work.model(size)
+    print(f"seed {work.seed} {size} trained: {time.time() - begin:.1f} s", flush=True)
+    work.step(size, "index seconds", make=lambda: indexed(work, model, place))
+    found = {}
+    for name in work.offer.targets:
+        made = {form: work.out / f"{work.seed}-{size}-{name}-{form}.npy" for form in ("cosine", "none")}
+        work.step(size, "valued", name, make=lambda name=name, made=made: written(work, place, name, made))
+        for form, path in made.items():
+            work.step(size, "auc", name, form, make=lambda path=path: detection(np.load(path), work.kinds))
+        found[name] = np.load(made["cosine"]).astype(np.float64)
+    return found
 
 
-def prepare(work: Path, seed: int) -> None:
-    """Data, tokenizer and the two models, in `work`."""
-    texts = [json.loads(line) for line in fetch.bbc().read_text().splitlines()]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    tokenizer = make_tokenizer([text["text"] for text in texts], work / "teacher")
-    make_tokenizer([text["text"] for text in texts], work / "student")
-    pieces: list[dict[str, str]] = []
-    for i in order:
-        pieces += [{**piece, "provider": texts[i]["source"]} for piece in passages(texts[i], tokenizer)]
-    count = ORDINARY + PLANTED * len(KINDS) + QUERIES
-    offered, rest = pieces[:count], pieces[count:]
-    kinds = ["query"] * QUERIES + [kind for kind in KINDS for _ in range(PLANTED)] + ["ordinary"] * ORDINARY
-    offer, target = [], []
-    for kind, piece in zip(kinds, offered, strict=False):
-        row = planted("trigger" if kind == "query" else kind, piece["text"])
-        if kind == "query":
-            target.append(row)
-        else:
-            offer.append({"id": f"{kind}/{piece['id']}", "provider": piece["provider"], **row})
-    for name, rows in (("offer", offer), ("target", target)):
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ids = encode(rest[:BASE], tokenizer)
-    for name, (width, layers) in SIZES.items():
-        if not (work / name / "model.safetensors").exists():
-            model = make_model(width, layers)
-            train(model, ids, epochs=1, rate=3e-3, batch=32, seed=seed, mixed=False)
-            model.save_pretrained(work / name)
+def written(work: Work, place: str, name: str, made: Mapping[str, Path]) -> int:
+    index = Index.open(place)
+    run = Run(token_budget=work.budget, device=work.device)
+    queries = target.gradients(index, target.read(work.file(name)), run=run)
+    for form, path in made.items():
+        np.save(path, valuing.row_values(index, queries, normalize=form))
+    return index.n
 
 
-def make_model(width: int, layers: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None,
+def indexed(work: Work, model: str, place: str) -> float:
+    begin = time.time()
+    influent.index(
+        model, work.file("offer"), place, method="linfik", compress=COMPRESS, max_length=LENGTH, rows="bfloat16",
+        token_budget=work.budget, device=work.device,
     )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return time.time() - begin
 
 
 def detection(values: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
     """AUC of the planted rows against each other kind."""
     found = {}
-    for kind in (*KINDS[1:], "ordinary"):
+    for kind in (*offer.KINDS[1:], "ordinary"):
         both = (kinds == "trigger") | (kinds == kind)
-        found[kind] = metrics.auc(values[both], kinds[both] == "trigger")
+        found[kind] = metrics.auc(values[both].astype(float), kinds[both] == "trigger")
     return found
 
 
-def word_scores(index: Index, work: Path) -> np.ndarray:
-    """The mean BM25 score of each row over the queries."""
-    queries = [row["prompt"] + row["completion"] for row in map(json.loads, (work / "target.jsonl").open())]
-    out = np.zeros(index.n)
-    for found in baselines.bm25(index.catalog, queries, k=index.n):
-        for row, score in found:
-            out[row] += score / len(queries)
-    return out
+def words_found(work: Work, index: Index, values: Mapping[str, np.ndarray]) -> Document:
+    """BM25's mean score over the queries: what it detects, and its Spearman with the values."""
+    found: Document = {}
+    for name, queries in work.offer.targets.items():
+        scores = np.zeros(index.n)
+        for ranked in baselines.bm25(index.catalog, [display_text(dict(q)) for q in queries], k=index.n):
+            rows, each = zip(*ranked, strict=True)
+            scores[list(rows)] += np.array(each) / len(queries)
+        found[name] = {"auc": detection(scores, work.kinds), "spearman": spearman(scores, values[name])}
+    return found
 
 
-def students(work: Path, index: Index, values: np.ndarray, kinds: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Each rung at each number of labels, measured on the rows that were not labelled."""
-    rows = index.catalog.examples(0, index.n)
-    hashes = [row["hash"] for row in index.catalog.fields("hash")]
-    out = []
-    for labels in LABELS:
+def agreement(work: Work, size: str, values: Mapping[str, np.ndarray]) -> Document:
+    """Spearman of the values with those of whole gradients, on some ordinary rows and all planted ones' kinds."""
+    rows = np.random.default_rng(0).permutation(len(work.kinds))[:WHOLE]
+    picked = [work.offer.rows[row] for row in rows]
+    found = {}
+    for name in work.offer.targets:
+        whole = untrained.own_values(
+            work.model(size), picked, target.read(work.file(name)), normalize="cosine", max_length=LENGTH,
+            token_budget=4096, device=work.device, compress="id",
+        )  # fmt: skip
+        found[name] = spearman(whole, values[name][rows])
+    return found
+
+
+def costs(work: Work, size: str, device: str) -> Document:
+    """Seconds to label a row at the teacher and to appraise one with the student: of one thread, or of a GPU."""
+    rows, clock = work.offer.rows, time.process_time if device == "cpu" else time.perf_counter
+    setting = Setting(compress=COMPRESS, max_length=LENGTH)
+    labelled = rows[: TIMED[device][size]]
+    with attach(work.model(size), None, setting, Run(token_budget=BUDGET[device], device=device)) as attached:
+        asked = {key: torch.zeros(1, width, device=device) for key, width in attached.collector.widths.items()}
+
+        def label() -> float:
+            made = attached.collector.collect(labelled, name=str)
+            products = [made.rows[key] @ asked[key][0] for key in asked]
+            squares = [made.rows[key].square().sum(1) for key in asked]
+            return float((torch.stack(products).sum(0) / torch.stack(squares).sum(0).sqrt()).sum())
+
+        label_seconds = timed(label, clock) / len(labelled)
+    student = features.load_lm(work.model("student"), token_budget=BUDGET[device], device=device)
+    offered = rows[: APPRAISED[device]]
+    weights = np.zeros(student(offered[:8])[0].shape[1])
+
+    def appraise() -> float:
+        step = distilling.BATCH if device == "cpu" else 4096
+        parts = [student(offered[lo : lo + step])[0] @ weights for lo in range(0, len(offered), step)]
+        return float(np.concatenate(parts).sum())
+
+    appraise_seconds = timed(appraise, clock) / len(offered)
+    return {
+        "label": label_seconds, "appraise": appraise_seconds, "ratio": label_seconds / appraise_seconds,
+        "teacher_parameters": parameters(work.model(size)), "student_parameters": student.facts["parameters"],
+    }  # fmt: skip
+
+
+def timed(run: Callable[[], float], clock: Callable[[], float]) -> float:
+    """The least of two runs after a first one."""
+    run()
+    found = []
+    for _ in range(2):
+        begin = clock()
+        run()  # ends with a number on the CPU: nothing is left in the GPU's queue
+        found.append(clock() - begin)
+    return min(found)
+
+
+def parameters(folder: str) -> int:
+    from safetensors import safe_open
+
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(metrics.spearman(a.astype(float), b.astype(float)))
+
+
+class Students:
+    """The ladder over one seed's offer. Which rows are labelled depends on neither teacher nor target, and a larger
+    number of labels contains a smaller; all rungs are measured on the same rows, that are never labelled."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, rows = work, work.offer.rows
+        names = {name: i for i, name in enumerate(work.offer.providers)}
+        self.groups = np.array([names[row["provider"]] for row in rows])
+        most, _ = distilling.split(self.groups, LABELS[-1], seed=work.seed)
+        rest = np.setdiff1d(np.arange(len(rows)), most)
+        self.test = np.sort(np.random.default_rng(work.seed).permutation(rest)[:TEST])
+        self.used = np.union1d(most, self.test)
+        self.rows, self.texts = rows, [display_text(dict(row)) for row in rows]
+        model = features.load_lm(work.model("student"), token_budget=work.budget, device=work.device)
+        self.lm = np.zeros((len(rows), 0), np.float32)
+        for lo in range(0, len(self.used), 2048):
+            some = self.used[lo : lo + 2048]
+            made = model([rows[row] for row in some])[0]
+            if not self.lm.size:
+                self.lm = np.zeros((len(rows), made.shape[1]), np.float32)
+            self.lm[some] = made
+
+    def made(self, rung: str, queries: list[str], fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """Features of rows by number."""
+        if rung == "lm":
+            return lambda rows: self.lm[rows]
+        seen = [self.texts[row] for row in fitted]
+        words = TfIdf.fit(seen) if rung == "tfidf" else Bm25.fit(seen, queries)
+        return lambda rows: words([self.texts[row] for row in rows])
+
+    def ladder(self, name: str, values: np.ndarray, labels: int) -> list[Document]:
+        """Each rung at a number of labels."""
+        chosen, held = distilling.split(self.groups, labels, seed=self.work.seed)
+        queries = [display_text(dict(query)) for query in self.work.offer.targets[name]]
+        out = []
         for rung in ("bm25", "tfidf", "lm"):
-            place = str(work / f"student-{rung}-{labels}-{seed}")
-            made = influent.distill(
-                str(work / "index"), target=str(work / "target.jsonl"), student=str(work / "student"), out=place,
-                labels=labels, rung=rung, seed=seed,
-            )  # fmt: skip
-            student = open_student(place)
-            scores, _ = student(rows)
-            known = read_labels(Store(place), student.digest)
-            assert known is not None
-            seen = set(known.hashes)
-            rest = np.array([row for row, content in enumerate(hashes) if content not in seen])
-            best = values[rest] >= np.quantile(values[rest], 0.95)
+            made = self.made(rung, queries, chosen[~held])
+            head, left_out = distilling.fitted(made(chosen[~held]), values[chosen[~held]], kind=rung)
+            scores = np.concatenate([head(made(part)) for part in np.array_split(self.test, 8)])
             out.append(
                 {
-                    "rung": rung, "labels": made["fidelity"]["labels"],
-                    "spearman": float(metrics.spearman(scores[rest].astype(float), values[rest].astype(float))),
-                    "recall": metrics.recall_at(scores[rest].astype(float), best, int(best.sum())),
-                    "held_out_spearman": made["fidelity"]["spearman"], "auc": detection(scores[rest], kinds[rest]),
-                    "seconds_a_row": made["rungs"][0]["seconds_a_row"], "cost": made["cost"],
+                    "rung": rung, "labels": len(chosen), **self.quality(scores, values[self.test]),
+                    "held out": spearman(head(made(chosen[held])), values[chosen[held]]),
+                    "left out": spearman(left_out, values[chosen[~held]]),
+                    "planted": detection(scores, self.work.kinds[self.test]),
                 }
             )  # fmt: skip
-            print(out[-1]["rung"], labels, f"{out[-1]['spearman']:.3f}", flush=True)
-    return out
+        return out
+
+    def own(self, name: str, values: np.ndarray) -> Document:
+        """The small model's own LinFiK, which takes its gradients and no label."""
+        some = self.test[:2000]
+        found = untrained.own_values(
+            self.work.model("student"), [self.rows[row] for row in some], target.read(self.work.file(name)),
+            normalize="cosine", max_length=LENGTH, token_budget=self.work.budget, device=self.work.device,
+        )  # fmt: skip
+        return self.quality(found, values[some])
+
+    @staticmethod
+    def quality(scores: np.ndarray, values: np.ndarray) -> Document:
+        best = values >= np.quantile(values, 0.95)
+        return {"spearman": spearman(scores, values), "recall": metrics.recall_at(scores, best, int(best.sum()))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "work", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--rows", type=int, default=offer.ROWS)
+    parser.add_argument("--base", type=int, default=60_000, help="passages that the models read")
+    parser.add_argument("--no-costs", action="store_true", help="time nothing")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    prepare(given.work, given.seed)
-    influent.index(
-        str(given.work / "teacher"), str(given.work / "offer.jsonl"), str(given.work / "index"), method="linfik",
-        compress="mask:64x64 | sjlt:1024", max_length=128, rows="bfloat16",
-    )  # fmt: skip
-    index = Index.open(str(given.work / "index"))
-    kinds = np.array([str(row["id"]).partition("/")[0] for row in index.catalog.fields("id")])
-    document: dict[str, Any] = {"seed": given.seed, "rows": index.n, "queries": QUERIES, "auc": {}}
-    for normalize in ("cosine", "none"):
-        path = str(given.work / f"{normalize}.npy")
-        influent.value(str(given.work / "index"), target=str(given.work / "target.jsonl"), normalize=normalize,
-                       values=path)  # fmt: skip
-        document["auc"][normalize] = detection(np.load(path), kinds)
-    document["auc"]["bm25"] = detection(word_scores(index, given.work), kinds)
-    print(json.dumps(document["auc"], indent=1), flush=True)
-    values = np.load(given.work / "cosine.npy")
-    document["students"] = students(given.work, index, values, kinds, given.seed)
-    save("value", document)
+    torch.set_num_threads(1)
+    work = Work(given)
+    work.model("student")
+    students = Students(work)
+    for size in given.sizes.split(","):
+        values = valued(work, size)
+        index = Index.open(str(work.folder / f"index-{size}"))
+        if "bm25" not in work.found.get(size, {}):
+            work.step(size, "bm25", make=lambda index=index, values=values: words_found(work, index, values))
+        for name, each in values.items():
+            work.step(size, "own", name, make=lambda name=name, each=each: students.own(name, each))
+            for labels in LABELS:
+                work.step(
+                    size, "students", name, str(labels),
+                    make=lambda name=name, each=each, labels=labels: students.ladder(name, each, labels),
+                )  # fmt: skip
+        work.step(size, "agreement", make=lambda size=size, values=values: agreement(work, size, values))
+        if not given.no_costs:
+            for device in dict.fromkeys(("cpu", given.device)):
+                work.step(size, "cost", device, make=lambda size=size, device=device: costs(work, size, device))
 
 
 if __name__ == "__main__":

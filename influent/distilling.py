@@ -208,12 +208,17 @@ def _rung(
             progress(f"features: {kind}", min(lo + BATCH, len(rows)), len(rows))
     seconds = (time.process_time() - start) / len(rows)
     x = np.concatenate(parts)
-    ridge, left_out = fit(x[~held], y[~held], standardise=kind != "tfidf")
-    head = Head(ridge, CALIBRATIONS[calibration](left_out, y[~held]))
+    head, left_out = fitted(x[~held], y[~held], kind=kind, calibration=calibration)
     reached = _quality(head(x[held]), y[held])
     return _Rung(
         features, head, float(metrics.spearman(left_out, y[~held])), *reached, seconds,
     )  # fmt: skip
+
+
+def fitted(x: np.ndarray, y: np.ndarray, *, kind: str, calibration: str = "linear") -> tuple[Head, np.ndarray]:
+    """The head that turns features x [n, D] of a rung into values, and its left-out predictions of y [n]."""
+    ridge, left_out = fit(x, y, standardise=kind != "tfidf")
+    return Head(ridge, CALIBRATIONS[calibration](left_out, y)), left_out
 
 
 def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

@@ -28,9 +28,10 @@ def own_values(
     max_length: int,
     token_budget: int,
     device: str | None,
+    compress: str = COMPRESS,
 ) -> np.ndarray:
     """LinFiK of rows [n] at the model of a folder; a row without a token to predict is worth 0."""
-    setting = Setting(compress=COMPRESS, max_length=max_length)
+    setting = Setting(compress=compress, max_length=max_length)
     found = []
     with attach(model, None, setting, Run(token_budget=token_budget, device=device)) as attached:
         asked = direction(solving.gradients(attached, Asked(target.examples)), normalize)
