@@ -1,27 +1,32 @@
-"""What retraining does to three small language models: the ground truth for the linear datamodelling score (LDS).
+"""What retraining does to small language models: the ground truth for the linear datamodelling score (LDS).
 
-Data sets of 1,000 rows of at most 64 tokens, the passages of a few documents; a query is a passage of such a
-document that is kept out of the training rows. A model starts from a base that has read the rest of the corpus, and
-is fine-tuned on all rows, and once for each random half of the rows and each seed of the order of the batches. The
-losses of the queries after each such training are what scores are to predict. In the Llama and the Qwen2 all parameters
-change; in the GPT-2 those of the linear layers, which are the ones that attribution tracks by default.
+Data sets of 1,000 rows of at most 64 tokens (`text`, for grass_text.py: 1,500), the passages of a few documents; a
+query is a passage of such a document that is kept out of the training rows. A model starts from a base that has read
+the rest of the corpus, and is fine-tuned on all rows, and once for each random half of the rows and each seed of the
+order of the batches. The losses of the queries after each such training are what scores are to predict. In the Llama
+and the Qwen2 all parameters change; in the GPT-2s those of the linear layers, which are the ones that attribution
+tracks by default.
 
-    python benchmarks/ground_truth.py --work DIR --model llama     # gpt2, qwen; interrupted, it resumes
+    python benchmarks/ground_truth.py --work DIR --model llama     # gpt2, qwen, text; interrupted, it resumes
+    python benchmarks/ground_truth.py --work DIR --model text --device cuda --together 50 --part 0/3
 
 DIR/llama gets tokenizer and final model (`model`), `train.jsonl`, `queries.jsonl`, and `truth.npz`: `losses`
-[subsets, seeds, queries] and `rows` [subsets, N] of booleans. About 45 minutes of one core a model.
+[subsets, seeds, queries] and `rows` [subsets, N] of booleans, of the seeds that have all subsets. About 45 minutes of
+one core a model (`text`: an hour), or a minute of an H100. A device, and what is trained side by side, change results
+by no more than rounding.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import corpora
 import numpy as np
+import together
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,7 +34,7 @@ from torch.nn import functional
 from influent import fetch
 from influent.layers import plan
 
-LENGTH, VOCABULARY, NUM_ROWS, NUM_QUERIES, NUM_SUBSETS, NUM_SEEDS = 64, 2048, 1000, 64, 32, 2
+LENGTH, VOCABULARY = 64, 2048
 BATCH, BASE_ROWS, BASE_BATCH, BASE_RATE = 16, 16_000, 32, 3e-3
 
 
@@ -42,13 +47,23 @@ class Setting:
     epochs: int
     rate: float
     linear: bool  # only the weights of the blocks' linear layers change
+    asked: int = 1  # passages of one document that become queries
+    rows: int = 1000
+    queries: int = 64
+    width: int = 96
+    subsets: int = 32
+    seeds: int = 2
 
 
 SETTINGS = {
     "llama": Setting(corpus="bbc", passages=12, epochs=3, rate=2e-3, linear=False),
     "gpt2": Setting(corpus="sotu", passages=12, epochs=3, rate=2e-3, linear=True),
     "qwen": Setting(corpus="brown", passages=12, epochs=3, rate=2e-3, linear=False),
-}
+    "text": Setting(
+        corpus="sotu", passages=16, epochs=3, rate=2e-3, linear=True, asked=2, rows=1500, queries=160, width=128,
+        subsets=50, seeds=3,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +116,22 @@ def divide(setting: Setting, tokenizer: Any) -> Corpus:
     """Documents until there are enough rows; from each of the first ones a middle passage becomes a query."""
     base, train, queries = [], [], []
     for document in documents(setting.corpus):
-        if len(train) >= NUM_ROWS and len(base) >= BASE_ROWS:
+        if len(train) >= setting.rows and len(base) >= BASE_ROWS:
             break
         pieces = list(passages(document, tokenizer))
-        if len(pieces) < 5 or len(train) >= NUM_ROWS:
+        if len(pieces) < 5 or len(train) >= setting.rows:
             base += pieces
             continue
         pieces = pieces[: setting.passages]
-        if len(queries) < NUM_QUERIES:
-            queries.append(pieces.pop(len(pieces) // 2))
+        for _ in range(setting.asked):
+            if len(queries) < setting.queries:
+                queries.append(pieces.pop(len(pieces) // 2))
         train += pieces
-    return Corpus(base[:BASE_ROWS], train[:NUM_ROWS], queries)
+    return Corpus(base[:BASE_ROWS], train[: setting.rows], queries)
 
 
 def new_model(name: str) -> nn.Module:
-    """About 332,000 parameters in linear layers, either way."""
+    """About 332,000 parameters in linear layers, either way; 590,000 at the width of `text`."""
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -135,8 +151,8 @@ def new_model(name: str) -> nn.Module:
         )  # fmt: skip
         return made._from_config(config, attn_implementation="eager")
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=96, n_layer=3, n_head=4, n_positions=LENGTH, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, bos_token_id=None, eos_token_id=None,
+        vocab_size=VOCABULARY, n_embd=SETTINGS[name].width, n_layer=3, n_head=4, n_positions=LENGTH, resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return GPT2LMHeadModel._from_config(config, attn_implementation="eager")
 
@@ -157,24 +173,6 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
     return each.view(len(ids), -1).sum(1) / (ids[:, 1:] >= 0).sum(1)
 
 
-def train(model: nn.Module, ids: Tensor, *, epochs: int, rate: float, batch: int, seed: int, mixed: bool) -> None:
-    """AdamW without weight decay; the rate falls linearly to zero. The seed orders the batches.
-
-    `mixed`: products of matrices in bfloat16, which takes a quarter less time.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0, fused=True)
-    batches = [part for _ in range(epochs) for part in torch.randperm(len(ids), generator=rng).split(batch)]
-    for step, rows in enumerate(batches):
-        for group in adam.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / len(batches))
-        adam.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-            loss = losses(model, ids[rows]).mean()
-        loss.backward()
-        adam.step()
-
-
 def freeze_all_but_linear(model: nn.Module) -> None:
     """Only the layers that are attributed to by default can change: all that training does, it does there."""
     trained = {name for block in plan(model).blocks for name in (f"{block.name}.weight", f"{block.name}.bias")}
@@ -184,78 +182,129 @@ def freeze_all_but_linear(model: nn.Module) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, ids: Tensor) -> np.ndarray:
-    return torch.cat([losses(model, part) for part in ids.split(64)]).numpy()
+    return torch.cat([losses(model, part) for part in ids.split(64)]).cpu().numpy()
 
 
-def subsets(num_subsets: int) -> np.ndarray:
-    """Random halves of the rows, [num_subsets, NUM_ROWS] of booleans; more subsets begin with the same ones."""
+def subsets(num_subsets: int, num_rows: int) -> np.ndarray:
+    """Random halves of the rows, [num_subsets, num_rows] of booleans; more subsets begin with the same ones."""
     rng = np.random.default_rng(1)
-    return np.stack([rng.permutation(NUM_ROWS) < NUM_ROWS // 2 for _ in range(num_subsets)])
+    return np.stack([rng.permutation(num_rows) < num_rows // 2 for _ in range(num_subsets)])
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def prepare(name: str, setting: Setting, work: Path) -> tuple[Corpus, Any, nn.Module]:
-    """Corpus, tokenizer and base model, made once."""
+def prepare(name: str, work: Path, device: str = "cpu") -> tuple[Tensor, Tensor, Any, nn.Module]:
+    """Ids of the rows and the queries, tokenizer and base model, made once."""
+    from transformers import AutoTokenizer
+
+    setting = SETTINGS[name]
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer([document["text"] for document in documents(setting.corpus)], work / "model")
-    corpus = divide(setting, tokenizer)
-    write_jsonl(work / "train.jsonl", corpus.train)
-    write_jsonl(work / "queries.jsonl", corpus.queries)
-    model, saved = new_model(name), work / "base.pt"
+    model, saved = new_model(name).to(device), work / "base.pt"
     if not saved.exists():
-        start = time.time()
-        train(model, encode(corpus.base, tokenizer), epochs=1, rate=BASE_RATE, batch=BASE_BATCH, seed=0, mixed=False)
+        tokenizer = make_tokenizer([document["text"] for document in documents(setting.corpus)], work / "model")
+        corpus = divide(setting, tokenizer)
+        write_jsonl(work / "train.jsonl", corpus.train)
+        write_jsonl(work / "queries.jsonl", corpus.queries)
+        start, rows = time.time(), encode(corpus.base, tokenizer)
+        train(model, [rows], epochs=1, rate=BASE_RATE, batch=BASE_BATCH, seeds=[0])
         torch.save(model.state_dict(), saved)
-        print(f"base: {len(corpus.base)} rows, {time.time() - start:.0f} s", flush=True)
-    model.load_state_dict(torch.load(saved))
-    return corpus, tokenizer, model
+        print(f"base: {len(rows)} rows, {time.time() - start:.0f} s", flush=True)
+    model.load_state_dict(torch.load(saved, map_location=device))
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    rows, asked = (
+        encode([json.loads(line) for line in (work / f"{part}.jsonl").read_text().splitlines()], tokenizer)
+        for part in ("train", "queries")
+    )
+    if setting.linear:
+        freeze_all_but_linear(model)
+    return rows.to(device), asked.to(device), tokenizer, model
+
+
+def train(
+    model: nn.Module, rows: Sequence[Tensor], *, epochs: int, rate: float, batch: int, seeds: Sequence[int],
+    measured: Callable[[], Any] = lambda: None, after_epoch: Callable[[], None] | None = None,
+) -> list[Any]:  # fmt: skip
+    """Train a copy of the model for each of `rows`, and what `measured` says with each copy's weights in the model.
+
+    At the end the model has the last copy's. `after_epoch` is called with the first copy's in the model. What requires
+    no gradient does not change."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    states = together.stack([first] * len(rows), names, str(next(model.parameters()).device))
+
+    def after() -> None:
+        if after_epoch is not None:
+            together.put(model, states, 0)
+            after_epoch()
+
+    together.train(model, states, rows, losses, epochs=epochs, rate=rate, batch=batch, seeds=seeds, after_epoch=after)
+    found = []
+    for number in range(len(rows)):
+        together.put(model, states, number)
+        found.append(measured())
+    for name in names:
+        model.get_parameter(name).requires_grad_()
+    return found
+
+
+def outcome(work: Path, j: int, seed: int) -> Path:
+    return work / "trainings" / f"{j}-{seed}.npy"
+
+
+def gather(work: Path, used: np.ndarray) -> None:
+    """`truth.npz` of the seeds that have all their subsets."""
+    seeds = [s for s in range(100) if all(outcome(work, j, s).exists() for j in range(len(used)))]
+    if seeds:
+        found = np.stack([[np.load(outcome(work, j, seed)) for seed in seeds] for j in range(len(used))])
+        with (work / "truth.part").open("wb") as file:
+            np.savez(file, losses=found.astype(np.float32), rows=used)
+        (work / "truth.part").rename(work / "truth.npz")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", choices=SETTINGS, required=True)
-    parser.add_argument("--subsets", type=int, default=NUM_SUBSETS)
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
+    parser.add_argument("--subsets", type=int)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", type=int, default=5, help="trainings that run side by side")
+    parser.add_argument("--part", default="0/1", help="I/N: this process is the I-th of N, from 0")
     given = parser.parse_args()
     setting, work = SETTINGS[given.model], given.work / given.model
     epochs, rate = given.epochs or setting.epochs, given.rate or setting.rate
+    num_subsets, num_seeds = given.subsets or setting.subsets, given.seeds or setting.seeds
     torch.set_num_threads(1)
-    corpus, tokenizer, model = prepare(given.model, setting, work)
-    if setting.linear:
-        freeze_all_but_linear(model)
+    rows, asked, _, model = prepare(given.model, work, given.device)
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    rows, asked = encode(corpus.train, tokenizer), encode(corpus.queries, tokenizer)
     print(f"base: rows {evaluate(model, rows).mean():.3f}, queries {evaluate(model, asked).mean():.3f}", flush=True)
 
-    def retrained(used: Tensor, seed: int) -> np.ndarray:
+    def retrained(used: Sequence[Tensor], seeds: Sequence[int]) -> list[np.ndarray]:
         model.load_state_dict(start)
-        train(model, used, epochs=epochs, rate=rate, batch=BATCH, seed=seed, mixed=True)
-        return evaluate(model, asked)
+        return train(
+            model, used, epochs=epochs, rate=rate, batch=BATCH, seeds=seeds, measured=lambda: evaluate(model, asked)
+        )
 
-    if not (work / "model" / "config.json").exists():
-        found = retrained(rows, 0)
-        model.save_pretrained(work / "model")
+    if not (work / "model" / "config.json").exists() and given.part.startswith("0/"):
+        found = retrained([rows], [0])[0]
+        model.save_pretrained(work / "model")  # pyright: ignore[reportCallIssue]
         print(f"all rows: rows {evaluate(model, rows).mean():.3f}, queries {found.mean():.3f}", flush=True)
-    used, parts = subsets(given.subsets), work / "trainings"
-    parts.mkdir(exist_ok=True)
-    out = np.empty((given.subsets, given.seeds, NUM_QUERIES), np.float32)
+    used = subsets(num_subsets, setting.rows)
+    (work / "trainings").mkdir(exist_ok=True)
+    groups = [range(lo, min(lo + given.together, num_subsets)) for lo in range(0, num_subsets, given.together)]
     # Seed by seed, so that what is there after an interruption covers all subsets.
-    for seed, j in [(seed, j) for seed in range(given.seeds) for j in range(given.subsets)]:
-        path, began = parts / f"{j}-{seed}.npy", time.time()
-        if not path.exists():
-            found = retrained(rows[torch.from_numpy(used[j])], 1 + seed)
-            with path.with_suffix(".part").open("wb") as file:
-                np.save(file, found)
-            path.with_suffix(".part").rename(path)
-            print(f"subset {j} seed {seed}: {found.mean():.3f}, {time.time() - began:.1f} s", flush=True)
-        out[j, seed] = np.load(path)
-    np.savez(work / "truth.npz", losses=out, rows=used)
+    for seed, group in together.share([(s, group) for s in range(num_seeds) for group in groups], given.part):
+        todo, began = [j for j in group if not outcome(work, j, seed).exists()], time.time()
+        if todo:
+            found = retrained([rows[torch.from_numpy(used[j]).to(rows.device)] for j in todo], [1 + seed] * len(todo))
+            for j, each in zip(todo, found, strict=True):
+                together.save_array(outcome(work, j, seed), each)
+            print(f"seed {seed}, {len(todo)} subsets: {time.time() - began:.1f} s", flush=True)
+    gather(work, used)
 
 
 if __name__ == "__main__":

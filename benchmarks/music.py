@@ -1,128 +1,174 @@
 """A small transformer on real tunes, and what retraining it on halves of them does: experiment (c) of GraSS.
 
-In place of a music transformer on MAESTRO (13.3 M parameters, 5,000 pieces): 1,200 tunes of the music21 corpus, cut to
-96 symbols, a Llama of 0.6 M parameters trained on them from nothing (rotary positions stand for relative attention),
-100 other tunes as queries. What is predicted is the margin of a tune's last symbol, as there, and its loss.
+In place of a music transformer on MAESTRO (13.3 M parameters, 5,000 pieces, 178 queries): 2,500 tunes of the music21
+corpus, cut to 96 symbols, a Llama of 1.8 M parameters trained on them from nothing (rotary positions stand for relative
+attention), 500 other tunes as queries. What is predicted is the margin of a tune's last symbol, as there.
 
-    python benchmarks/music.py --work DIR     # interrupted, it resumes; about an hour of one core
+    python benchmarks/music.py --work DIR     # --device cuda --together 50; interrupted, it resumes
 
-DIR gets `data.npz` (ids), `model/0..4` (checkpoints of random halves, as TRAK wants them), `final` (all tunes) and
-`truth.npz`: `used` [50, N] and `margin`, `loss` [50, Q].
+A seed of 50 halves takes some four hours of one core, three seeds about two minutes of an H100. `--part 0/3` does a
+third of the work. DIR gets `train.jsonl`, `queries.jsonl`, `model/0..4` (checkpoints of random halves, as TRAK wants
+them) and `truth.npz`: `rows` [50, N], `margins` and `losses` [50, seeds, Q] of the seeds that are finished.
 """
 
 import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import corpora
+import ground_truth
 import numpy as np
+import together
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LENGTH, NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, NUM_CHECKPOINTS = 96, 1200, 100, 50, 5
-EPOCHS, RATE, BATCH, RARE = 8, 2e-3, 16, 8
-PAD, UNKNOWN, START = 0, 1, 2
+LENGTH, NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, NUM_SEEDS, NUM_CHECKPOINTS = 96, 2500, 500, 50, 3, 5
+EPOCHS, RATE, BATCH, RARE = 10, 1e-3, 32, 8
+UNKNOWN = "<rare>"
 
 
-def prepare(path: Path) -> tuple[Tensor, Tensor, int]:
-    """Ids [N, LENGTH] and [Q, LENGTH], and the size of the vocabulary; tunes with fewer symbols are left out."""
-    if not path.exists():
+def prepare(work: Path) -> tuple[Tensor, Tensor, Any]:
+    """Ids [N, LENGTH] and [Q, LENGTH] and their tokenizer; shorter tunes, and copies, are left out."""
+    from transformers import AutoTokenizer
+
+    if not (work / "tokenizer" / "tokenizer.json").exists():
         rows = [json.loads(line)["text"].split() for line in corpora.tunes().read_text().splitlines()]
-        rows = [row[: LENGTH - 1] for row in rows if len(row) >= LENGTH - 1]
-        order = np.random.default_rng(0).permutation(len(rows))[: NUM_TRAIN + NUM_QUERIES]
-        chosen = [rows[i] for i in order]
-        known = [symbol for symbol, count in Counter(s for row in chosen for s in row).items() if count >= RARE]
-        number = {symbol: 3 + i for i, symbol in enumerate(sorted(known))}
-        ids = np.array([[START, *(number.get(s, UNKNOWN) for s in row)] for row in chosen])
-        np.savez(path, ids=ids, size=3 + len(number))
-    held = np.load(path)
-    ids = torch.from_numpy(held["ids"])
-    return ids[:NUM_TRAIN], ids[NUM_TRAIN:], int(held["size"])
+        cut = sorted({tuple(row[:LENGTH]) for row in rows if len(row) >= LENGTH})
+        order = np.random.default_rng(0).permutation(len(cut))[: NUM_TRAIN + NUM_QUERIES]
+        chosen = [cut[i] for i in order]
+        records = [{"prompt": " ".join(row[:-1]), "completion": f" {row[-1]}"} for row in chosen]
+        ground_truth.write_jsonl(work / "train.jsonl", records[:NUM_TRAIN])
+        ground_truth.write_jsonl(work / "queries.jsonl", records[NUM_TRAIN:])
+        make_tokenizer(Counter(symbol for row in chosen for symbol in row)).save_pretrained(work / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    found = []
+    for name in ("train", "queries"):
+        records = [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+        found.append(torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in records]))
+    return found[0], found[1], tokenizer
+
+
+def make_tokenizer(counts: Counter[str]) -> Any:
+    """One token a symbol that occurs often enough."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = sorted(symbol for symbol, count in counts.items() if count >= RARE)
+    words = Tokenizer(models.WordLevel({UNKNOWN: 0} | {s: 1 + i for i, s in enumerate(known)}, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN)
 
 
 def new_model(size: int, seed: int) -> nn.Module:
+    """For `size` symbols; 1.77 million parameters in linear layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        vocab_size=size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=LENGTH, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="eager")
 
 
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits.float()
-
-
-def train(model: nn.Module, ids: Tensor, seed: int) -> None:
-    """AdamW without weight decay, the rate falling linearly to zero; products of matrices in bfloat16."""
-    rng = torch.Generator().manual_seed(seed)
-    adam = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0, fused=True)
-    batches = [part for _ in range(EPOCHS) for part in torch.randperm(len(ids), generator=rng).split(BATCH)]
-    for step, rows in enumerate(batches):
-        adam.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 20) * (1 - step / len(batches))
-        adam.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = logits(model, ids[rows])[:, :-1]
-            loss = functional.cross_entropy(found.flatten(0, 1), ids[rows][:, 1:].flatten())
-        loss.backward()
-        adam.step()
-
-
 @torch.no_grad()
-def measure(model: nn.Module, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Each tune's margin log p/(1-p) of its last symbol, and its mean loss a symbol, [Q] each."""
-    found = logits(model, ids)[:, :-1]
-    each = functional.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-    last = found[:, -1]
+def measure(model: nn.Module, ids: Tensor) -> np.ndarray:
+    """Each tune's margin log p/(1-p) of its last symbol, and that symbol's loss, [2, Q]."""
+    last = torch.cat([model(input_ids=part[:, :-1], use_cache=False).logits[:, -1].double() for part in ids.split(100)])
     wanted = last.gather(1, ids[:, -1:]).squeeze(1)
     others = last.scatter(1, ids[:, -1:], -torch.inf).logsumexp(1)
-    return (wanted - others).numpy(), each.mean(1).numpy()
+    return torch.stack([wanted - others, functional.softplus(others - wanted)]).cpu().numpy()
 
 
 def halves(count: int, seed: int) -> np.ndarray:
+    """Random halves of the rows, [count, NUM_TRAIN] of booleans."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(NUM_TRAIN) < NUM_TRAIN // 2 for _ in range(count)])
+
+
+class Trainer:
+    """Trains groups of models; `device` and what runs together change nothing beyond rounding."""
+
+    def __init__(self, work: Path, device: str) -> None:
+        rows, asked, self.tokenizer = prepare(work)
+        self.work, self.device = work, device
+        self.rows, self.asked = rows.to(device), asked.to(device)
+        self.model = new_model(len(self.tokenizer), 0).to(device).eval()
+
+    def train(self, used: np.ndarray, seeds: Sequence[int]) -> together.States:
+        """A model for each half of `used`; its seed draws its first weights and orders its batches."""
+        started = time.time()
+        names = [name for name, _ in self.model.named_parameters()]
+        firsts = [dict(new_model(len(self.tokenizer), seed).named_parameters()) for seed in seeds]
+        states = {name: value.detach() for name, value in together.stack(firsts, names, self.device).items()}
+        own = [self.rows[torch.from_numpy(half).to(self.device)] for half in used]
+        together.train(self.model, states, own, ground_truth.losses, epochs=EPOCHS, rate=RATE, batch=BATCH, seeds=seeds)
+        print(f"{len(used)} trainings: {time.time() - started:.1f} s", flush=True)
+        return states
+
+    def checkpoints(self) -> None:
+        if all((self.work / "model" / str(i) / "config.json").exists() for i in range(NUM_CHECKPOINTS)):
+            return
+        states = self.train(halves(NUM_CHECKPOINTS, 2), range(2000, 2000 + NUM_CHECKPOINTS))
+        for i in range(NUM_CHECKPOINTS):
+            together.put(self.model, states, i)
+            margin, loss = measure(self.model, self.asked)
+            print(f"checkpoint {i}: right {(margin > 0).mean():.3f}, loss {loss.mean():.3f}", flush=True)
+            self.tokenizer.save_pretrained(self.work / "model" / str(i))
+            self.model.save_pretrained(self.work / "model" / str(i))  # pyright: ignore[reportCallIssue]
+
+    def outcomes(self, seed: int, group: Sequence[int]) -> None:
+        """What the queries are to models trained on the halves of a group."""
+        todo = [j for j in group if not outcome(self.work, j, seed).exists()]
+        if not todo:
+            return
+        states = self.train(halves(NUM_SUBSETS, 1)[todo], [3000 + 1000 * seed + j for j in todo])
+        for number, j in enumerate(todo):
+            together.put(self.model, states, number)
+            together.save_array(outcome(self.work, j, seed), measure(self.model, self.asked))
+
+
+def outcome(work: Path, j: int, seed: int) -> Path:
+    return work / "parts" / f"{j}-{seed}.npy"
+
+
+def gather(work: Path) -> None:
+    """`truth.npz` of the seeds that have all their halves."""
+    seeds = [s for s in range(100) if all(outcome(work, j, s).exists() for j in range(NUM_SUBSETS))]
+    if seeds:
+        found = np.stack([[np.load(outcome(work, j, seed)) for seed in seeds] for j in range(NUM_SUBSETS)])
+        with (work / "truth.part").open("wb") as file:
+            np.savez(file, rows=halves(NUM_SUBSETS, 1), margins=found[:, :, 0], losses=found[:, :, 1])
+        (work / "truth.part").rename(work / "truth.npz")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    work = parser.parse_args().work
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
+    parser.add_argument("--together", type=int, default=5, help="trainings that run side by side")
+    parser.add_argument("--part", default="0/1", help="I/N: this process is the I-th of N, from 0")
+    parser.add_argument("--limit", type=int, help="at most so many groups of trainings")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    (work / "parts").mkdir(parents=True, exist_ok=True)
-    rows, asked, size = prepare(work / "data.npz")
-
-    def trained(used: np.ndarray | None, seed: int) -> nn.Module:
-        model = new_model(size, seed)
-        train(model, rows if used is None else rows[torch.from_numpy(used)], seed)
-        return model.eval()
-
-    jobs = [("final", None, 1000)]
-    jobs += [(f"model/{i}", used, 2000 + i) for i, used in enumerate(halves(NUM_CHECKPOINTS, 2))]
-    for name, used, seed in jobs:
-        if not (work / name / "config.json").exists():
-            model = trained(used, seed)
-            margin, loss = measure(model, asked)
-            print(f"{name}: margin {margin.mean():.3f}, loss {loss.mean():.3f}", flush=True)
-            model.save_pretrained(work / name)
-    used, found = halves(NUM_SUBSETS, 1), []
-    for j, subset in enumerate(used):
-        path, began = work / "parts" / f"{j}.npy", time.time()
-        if not path.exists():
-            both = np.stack(measure(trained(subset, 3000 + j), asked))
-            with path.with_suffix(".part").open("wb") as file:
-                np.save(file, both)
-            path.with_suffix(".part").rename(path)
-            print(f"subset {j}: {both.mean(1)}, {time.time() - began:.1f} s", flush=True)
-        found.append(np.load(path))
-    margin, loss = np.stack(found, axis=1)
-    np.savez(work / "truth.npz", used=used, margin=margin, loss=loss)
+    (given.work / "parts").mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(given.work, given.device)
+    groups = [range(lo, min(lo + given.together, NUM_SUBSETS)) for lo in range(0, NUM_SUBSETS, given.together)]
+    # Seed by seed, so that what is there after an interruption covers all halves.
+    todo: list[tuple[int, Sequence[int]] | None] = [None, *((s, group) for s in range(given.seeds) for group in groups)]
+    for unit in together.share(todo, given.part)[: given.limit]:
+        if unit is None:
+            trainer.checkpoints()
+        else:
+            trainer.outcomes(*unit)
+    gather(given.work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""GraSS's experiment on music: TRAK with five checkpoints under each compressor, judged by 50 random halves.
+
+Needs what music.py leaves in DIR. Each compressor and size is one ensemble of five indexes with one row for all linear
+layers; masks are learned once, on the first checkpoint's margins. A dense Gaussian is left out, as there: its matrix
+would have 14 billion entries. The damping is chosen for each of them on a tenth of the queries and reported on the
+others, beside the default of relative:0.1.
+
+    python benchmarks/grass_music.py --work DIR --masks     # --device cuda; --part 0/4 does a quarter
+    python benchmarks/grass_music.py --work DIR             # interrupted, it resumes; --only SM,RM --sizes 2048
+    python benchmarks/grass_music.py --work DIR --seconds   # of compression, on one CPU thread or with --device cuda
+    python benchmarks/grass_music.py --work DIR --report
+
+About four hours of one core, or ten minutes of four with an H100. The report is results/grass_music.json and
+docs/grass_music.png, of what is finished.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import environment
+import numpy as np
+import torch
+from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, SIZES, timed
+from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
+from predictions import Claim, Judged, ceiling, judge, keep, orderings, ranks
+from together import each, share
+from torch import Tensor
+
+import influent
+from influent.attach import Run, Setting, attach
+from influent.gradients import Flat
+from influent.storage import Store
+
+KINDS = tuple(kind for kind in COMPRESSORS if kind != "GAUSS")
+BUDGET = 6144  # positions a batch; formed gradients are held a few at a time
+FORMED, BATCH, REPEATS = 64, 16, 5  # gradients whose compression is timed, and how many at a time
+EXAMPLES = 5000  # that GraSS's table counts
+COLUMNS = {"cpu": "compress_s", "cuda": "compress_gpu_s"}
+
+
+def models(work: Path) -> list[str]:
+    return [str(work / "model" / str(i)) for i in range(NUM_CHECKPOINTS)]
+
+
+def learn(work: Path, size: int, device: str) -> float:
+    """Seconds of learning the mask of so many entries, on the first checkpoint."""
+    place = work / "masks" / str(size)
+    collect = partial(
+        influent.mask, models(work)[0], str(work / "train.jsonl"), str(place), size=str(size), scope="all",
+        target="margin", memory=4096, max_length=LENGTH, device=device, token_budget=BUDGET,
+    )  # fmt: skip
+    return timed(collect, place)
+
+
+def compressor(kind: str, k: int, work: Path, device: str) -> tuple[str, float | None]:
+    """Its text, and the CPU seconds of learning its mask."""
+    for key, size in (("{sm}", k), ("{gsm}", BLOW_UP * k)):
+        if key in COMPRESSORS[kind]:
+            seconds = learn(work, size, device)
+            place = work / "masks" / str(size)
+            return COMPRESSORS[kind].format(k=k, sm=place, gsm=place), seconds
+    return COMPRESSORS[kind].format(k=k, wide=BLOW_UP * k), None
+
+
+def run(kind: str, k: int, work: Path, device: str) -> None:
+    """Index, query at each damping, and keep what is predicted of every half."""
+    target = work / "lds" / f"{kind}-{k}.npz"
+    if target.exists():
+        return
+    began, used = time.time(), halves(NUM_SUBSETS, 1)
+    text, learning = compressor(kind, k, work, device)
+    first, *others = models(work)
+    place = work / "indexes" / f"{kind}-{k}"
+    collect = partial(
+        influent.index, first, str(work / "train.jsonl"), str(place), checkpoints=others, method="trak", compress=text,
+        max_length=LENGTH, token_budget=BUDGET, device=device,
+    )  # fmt: skip
+    indexing, scores, found = timed(collect, place), place.with_suffix(".npy"), {}
+    for damping in DAMPINGS:
+        influent.query(
+            str(place), queries=str(work / "queries.jsonl"), damping=damping, k=1, token_budget=BUDGET, device=device,
+            scores=str(scores),
+        )  # fmt: skip
+        found[damping] = ranks(np.load(scores), used)
+    facts = {"compressor": kind, "k": k, "mask_s": learning, "index_cpu_s": indexing, "device": device}
+    keep(target, found, facts | {"wall_s": round(time.time() - began, 1)})
+    shutil.rmtree(place)  # gigabytes that the same command makes again
+    scores.unlink()
+
+
+def seconds(work: Path, kind: str, k: int, gradients: Tensor, device: str) -> float:
+    """Seconds to compress EXAMPLES gradients that are there already, as GraSS's tables count: of one CPU thread, or of
+    the device until it is done. The least of some repeats a batch."""
+    text, _ = compressor(kind, k, work, device)
+    place = work / "timing" / f"{kind}-{k}-{device}"
+    setting = Setting(compress=text, target="margin", key="all", max_length=LENGTH)
+    with attach(models(work)[0], None, setting, Run(device=device), index=Store(str(place))) as attached:
+        bound = attached.collector.bound["all"]
+        batches = [Flat(part) for part in gradients.split(BATCH)]
+        if device == "cpu":
+            took = [min(cpu_seconds(partial(bound.join, part)) for _ in range(REPEATS)) for part in batches]
+        else:
+            took = [min(gpu_seconds(partial(bound.join, part)) for _ in range(REPEATS)) for part in batches]
+    return EXAMPLES / len(gradients) * sum(took)
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def gpu_seconds(call: Callable[[], Any]) -> float:
+    """From one synchronisation to the next; on a GPU that others use too, the least of many counts."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def all_seconds(work: Path, device: str) -> None:
+    """Of every compressor and size, into seconds-DEVICE.json."""
+    setting = Setting(compress="id", target="margin", key="all", max_length=LENGTH)
+    rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()[:FORMED]]
+    with attach(models(work)[0], None, setting, Run(device=device, token_budget=BUDGET)) as attached:
+        gradients = attached.collector.collect(rows, name=str).rows["all"]
+    found = {f"{kind}-{k}": round(seconds(work, kind, k, gradients, device), 4) for kind in KINDS for k in SIZES}
+    where = torch.cuda.get_device_name() if device == "cuda" else environment.environment()["cpu"]
+    (work / f"seconds-{device}.json").write_text(
+        json.dumps({"on": where, "entries": gradients.shape[1], "found": found})
+    )
+    print(json.dumps(found), flush=True)
+
+
+CLAIMS = (
+    Claim("SM >= RM", "SM", "RM"),
+    Claim("SJLT within .02 of FJLT, and faster", "SJLT", "FJLT", 0.02, 1.0),
+    Claim("GraSS(RM) within .03 of SJLT, at 20 times its speed", "GraSS(RM)", "SJLT", 0.03, 20.0),
+    Claim("GraSS(SM) within .03 of SJLT, at 20 times its speed", "GraSS(SM)", "SJLT", 0.03, 20.0),
+    Claim("GraSS(RM) >= RM", "GraSS(RM)", "RM"),
+    Claim("SJLT >= GraSS(RM)", "SJLT", "GraSS(RM)"),
+)
+
+
+def report(work: Path) -> dict[str, Any]:
+    """Everything that is finished."""
+    found: dict[tuple[str, int | None], Judged] = {}
+    outcomes = np.load(work / "truth.npz")["margins"]
+    for path in (work / "lds").glob("*.npz"):
+        one = judge(path, outcomes)
+        found[one.facts["compressor"], one.facts["k"]] = one
+    timing = {
+        device: json.loads((work / f"seconds-{device}.json").read_text())
+        for device in COLUMNS
+        if (work / f"seconds-{device}.json").exists()
+    }
+    order = [(kind, k) for kind in KINDS for k in SIZES if (kind, k) in found]
+    return {
+        "queries": f"9/10 of {outcomes.shape[2]}; the damping of each setting is the best on the other tenth",
+        "halves": outcomes.shape[0], "seeds": outcomes.shape[1], "ceiling": ceiling(outcomes),
+        "seconds": "of 5,000 gradients that are formed already, one checkpoint; CPU: one thread",
+        "timed on": {device: {"on": took["on"], "entries": took["entries"]} for device, took in timing.items()},
+        "orderings": orderings(CLAIMS, SIZES, found, {device: took["found"] for device, took in timing.items()}),
+        "settings": [
+            found[key].document()
+            | {COLUMNS[device]: took["found"][f"{key[0]}-{key[1]}"] for device, took in timing.items()}
+            for key in order
+        ],
+    }  # fmt: skip
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """LDS against the seconds of compression, a line a compressor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = [column for column in COLUMNS.values() if column in document["settings"][0]]
+    figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4), squeeze=False, sharey=True)
+    for axis, column in zip(axes[0], columns, strict=True):
+        for kind in KINDS:
+            line = [one for one in document["settings"] if one["compressor"] == kind]
+            means = [one["lds"]["mean"] for one in line]
+            spread = [
+                [one["lds"]["mean"] - one["lds"]["low"] for one in line],
+                [one["lds"]["high"] - one["lds"]["mean"] for one in line],
+            ]
+            axis.errorbar([one[column] for one in line], means, yerr=spread, marker="o", capsize=2, label=kind)
+        where = "one CPU thread" if column == "compress_s" else "GPU"
+        axis.set(xscale="log", xlabel=f"seconds to compress 5,000 gradients, {where}", ylabel="LDS")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--part", default="0/1", help="I/N: this process is the I-th of N, from 0")
+    parser.add_argument("--only", help="compressors, by commas")
+    parser.add_argument("--sizes", help="sizes, by commas")
+    parser.add_argument("--masks", action="store_true", help="only learn the masks")
+    parser.add_argument("--seconds", action="store_true", help="only time the compression")
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    work = given.work.resolve()
+    sizes = [int(k) for k in given.sizes.split(",")] if given.sizes else list(SIZES)
+    if given.report:
+        document = report(work)
+        environment.save("grass_music", document)
+        plot(document, Path(__file__).parent.parent / "docs" / "grass_music.png")
+    elif given.seconds:
+        all_seconds(work, given.device)
+    elif given.masks:
+        todo = share(sorted({factor * k for k in sizes for factor in (1, BLOW_UP)}), given.part)
+        each(todo, lambda size: learn(work, size, given.device))
+    else:
+        kinds = given.only.split(",") if given.only else KINDS
+        todo = share([(kind, k) for k in sizes for kind in kinds], given.part)
+        each(todo, lambda one: run(*one, work, given.device))
+
+
+if __name__ == "__main__":
+    main()
