@@ -26,7 +26,8 @@ from typing import Any
 import environment
 import numpy as np
 import torch
-from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, SIZES, timed
+from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, SIZES, Unit
+from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
 from predictions import Claim, Judged, ceiling, judge, keep, orderings, ranks
 from together import each, share
@@ -48,58 +49,49 @@ def models(work: Path) -> list[str]:
     return [str(work / "model" / str(i)) for i in range(NUM_CHECKPOINTS)]
 
 
-def learn(work: Path, size: int, device: str) -> float:
-    """Seconds of learning the mask of so many entries, on the first checkpoint."""
-    place = work / "masks" / str(size)
-    collect = partial(
-        influent.mask, models(work)[0], str(work / "train.jsonl"), str(place), size=str(size), scope="all",
-        target="margin", memory=4096, max_length=LENGTH, device=device, token_budget=BUDGET,
-    )  # fmt: skip
-    return timed(collect, place)
+def learn(work: Path, size: int, device: str) -> None:
+    """The mask of so many entries, from margins of the first checkpoint."""
+    place, began = work / "masks" / f"{size}-0", time.time()
+    if not (place / "manifest.json").exists():
+        influent.mask(
+            models(work)[0], str(work / "train.jsonl"), str(place), size=str(size), scope="all", target="margin",
+            memory=4096, max_length=LENGTH, device=device, token_budget=BUDGET,
+        )  # fmt: skip
+        print(f"mask of {size}: {time.time() - began:.1f} s", flush=True)
 
 
-def compressor(kind: str, k: int, work: Path, device: str) -> tuple[str, float | None]:
-    """Its text, and the CPU seconds of learning its mask."""
-    for key, size in (("{sm}", k), ("{gsm}", BLOW_UP * k)):
-        if key in COMPRESSORS[kind]:
-            seconds = learn(work, size, device)
-            place = work / "masks" / str(size)
-            return COMPRESSORS[kind].format(k=k, sm=place, gsm=place), seconds
-    return COMPRESSORS[kind].format(k=k, wide=BLOW_UP * k), None
-
-
-def run(kind: str, k: int, work: Path, device: str) -> None:
+def run(unit: Unit, work: Path, device: str) -> None:
     """Index, query at each damping, and keep what is predicted of every half."""
-    target = work / "lds" / f"{kind}-{k}.npz"
+    target = work / "lds" / f"{unit.kind}-{unit.k}.npz"
     if target.exists():
         return
+    if unit.mask_size is not None:
+        learn(work, unit.mask_size, device)
     began, used = time.time(), halves(NUM_SUBSETS, 1)
-    text, learning = compressor(kind, k, work, device)
     first, *others = models(work)
-    place = work / "indexes" / f"{kind}-{k}"
-    collect = partial(
-        influent.index, first, str(work / "train.jsonl"), str(place), checkpoints=others, method="trak", compress=text,
+    place = work / "indexes" / str(unit)
+    influent.index(
+        first, str(work / "train.jsonl"), str(place), checkpoints=others, method="trak", compress=unit.compress(work),
         max_length=LENGTH, token_budget=BUDGET, device=device,
     )  # fmt: skip
-    indexing, scores, found = timed(collect, place), place.with_suffix(".npy"), {}
+    indexed, scores, found = time.time(), place.with_suffix(".npy"), {}
     for damping in DAMPINGS:
         influent.query(
             str(place), queries=str(work / "queries.jsonl"), damping=damping, k=1, token_budget=BUDGET, device=device,
             scores=str(scores),
         )  # fmt: skip
         found[damping] = ranks(np.load(scores), used)
-    facts = {"compressor": kind, "k": k, "mask_s": learning, "index_cpu_s": indexing, "device": device}
-    keep(target, found, facts | {"wall_s": round(time.time() - began, 1)})
+    facts = {"compressor": unit.kind, "k": unit.k, "device": device, "index_wall_s": round(indexed - began, 1)}
+    keep(target, found, facts | {"query_wall_s": round(time.time() - indexed, 1)})
     shutil.rmtree(place)  # gigabytes that the same command makes again
     scores.unlink()
 
 
-def seconds(work: Path, kind: str, k: int, gradients: Tensor, device: str) -> float:
+def seconds(work: Path, unit: Unit, gradients: Tensor, device: str) -> float:
     """Seconds to compress EXAMPLES gradients that are there already, as GraSS's tables count: of one CPU thread, or of
     the device until it is done. The least of some repeats a batch."""
-    text, _ = compressor(kind, k, work, device)
-    place = work / "timing" / f"{kind}-{k}-{device}"
-    setting = Setting(compress=text, target="margin", key="all", max_length=LENGTH)
+    place = work / "timing" / f"{unit}-{device}"
+    setting = Setting(compress=unit.compress(work), target="margin", key="all", max_length=LENGTH)
     with attach(models(work)[0], None, setting, Run(device=device), index=Store(str(place))) as attached:
         bound = attached.collector.bound["all"]
         batches = [Flat(part) for part in gradients.split(BATCH)]
@@ -131,10 +123,10 @@ def all_seconds(work: Path, device: str) -> None:
     rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()[:FORMED]]
     with attach(models(work)[0], None, setting, Run(device=device, token_budget=BUDGET)) as attached:
         gradients = attached.collector.collect(rows, name=str).rows["all"]
-    found = {f"{kind}-{k}": round(seconds(work, kind, k, gradients, device), 4) for kind in KINDS for k in SIZES}
-    where = torch.cuda.get_device_name() if device == "cuda" else environment.environment()["cpu"]
+    units = [Unit(kind, k) for kind in KINDS for k in SIZES]
+    found = {f"{unit.kind}-{unit.k}": round(seconds(work, unit, gradients, device), 4) for unit in units}
     (work / f"seconds-{device}.json").write_text(
-        json.dumps({"on": where, "entries": gradients.shape[1], "found": found})
+        json.dumps({"on": machine(device), "entries": gradients.shape[1], "found": found})
     )
     print(json.dumps(found), flush=True)
 
@@ -214,6 +206,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     work = given.work.resolve()
+    exact_float32()
     sizes = [int(k) for k in given.sizes.split(",")] if given.sizes else list(SIZES)
     if given.report:
         document = report(work)
@@ -225,9 +218,8 @@ def main() -> None:
         todo = share(sorted({factor * k for k in sizes for factor in (1, BLOW_UP)}), given.part)
         each(todo, lambda size: learn(work, size, given.device))
     else:
-        kinds = given.only.split(",") if given.only else KINDS
-        todo = share([(kind, k) for k in sizes for kind in kinds], given.part)
-        each(todo, lambda one: run(*one, work, given.device))
+        units = [Unit(kind, k) for k in sizes for kind in (given.only.split(",") if given.only else KINDS)]
+        each(share(units, given.part), lambda unit: run(unit, work, given.device))
 
 
 if __name__ == "__main__":

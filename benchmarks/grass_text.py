@@ -30,8 +30,9 @@ import ground_truth
 import numpy as np
 import together
 import torch
-from environment import environment, save
+from environment import save
 from grass_music import cpu_seconds, gpu_seconds
+from image_truth import exact_float32, machine
 from lds import MAX_LENGTH
 from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
 
@@ -295,12 +296,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    exact_float32()
     work = given.work.resolve() / MODEL
     if given.report:
         report(work)
     elif given.seconds:
-        where = torch.cuda.get_device_name() if given.device == "cuda" else environment()["cpu"]
-        found = {"on": where, "examples a call": TIMED[given.device], "found": seconds(given.device)}
+        found = {"on": machine(given.device), "examples a call": TIMED[given.device], "found": seconds(given.device)}
         (work / f"seconds-{given.device}.json").write_text(json.dumps(found))
         print(json.dumps(found), flush=True)
     else:

@@ -201,13 +201,15 @@ def prepare(name: str, work: Path, device: str = "cpu") -> tuple[Tensor, Tensor,
 
     setting = SETTINGS[name]
     work.mkdir(parents=True, exist_ok=True)
-    model, saved = new_model(name).to(device), work / "base.pt"
-    if not saved.exists():
+    if not (work / "base.npy").exists() and not (work / "base.pt").exists():
         tokenizer = make_tokenizer([document["text"] for document in documents(setting.corpus)], work / "model")
         corpus = divide(setting, tokenizer)
         write_jsonl(work / "train.jsonl", corpus.train)
         write_jsonl(work / "queries.jsonl", corpus.queries)
-        start, rows = time.time(), encode(corpus.base, tokenizer)
+        together.save_array(work / "base.npy", encode(corpus.base, tokenizer).numpy().astype(np.int16))
+    model, saved = new_model(name).to(device), work / "base.pt"
+    if not saved.exists():
+        start, rows = time.time(), torch.from_numpy(np.load(work / "base.npy").astype(np.int64)).to(device)
         train(model, [rows], epochs=1, rate=BASE_RATE, batch=BASE_BATCH, seeds=[0])
         torch.save(model.state_dict(), saved)
         print(f"base: {len(rows)} rows, {time.time() - start:.0f} s", flush=True)
@@ -268,7 +270,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", choices=SETTINGS, required=True)
     parser.add_argument("--subsets", type=int)
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, help="0: only the base and the model of all rows")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--device", default="cpu")
@@ -277,7 +279,7 @@ def main() -> None:
     given = parser.parse_args()
     setting, work = SETTINGS[given.model], given.work / given.model
     epochs, rate = given.epochs or setting.epochs, given.rate or setting.rate
-    num_subsets, num_seeds = given.subsets or setting.subsets, given.seeds or setting.seeds
+    num_subsets, num_seeds = given.subsets or setting.subsets, setting.seeds if given.seeds is None else given.seeds
     torch.set_num_threads(1)
     rows, asked, _, model = prepare(given.model, work, given.device)
     start = {key: value.clone() for key, value in model.state_dict().items()}

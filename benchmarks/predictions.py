@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grass_images_report import judged, tuning
 from scipy.stats import rankdata
 
-from influent.metrics import bootstrap, spearman
+from influent.metrics import spearman
 
 DEFAULT = "default"  # the name of the method's own damping
 Ranks = np.ndarray  # [Q, halves], 1 is the least
@@ -33,12 +34,6 @@ def keep(path: Path, found: dict[str, Ranks], facts: dict[str, Any]) -> None:
         np.savez_compressed(file, facts=json.dumps(facts), **found)
     path.with_suffix(".part").rename(path)
     print(json.dumps(facts), flush=True)
-
-
-def judged(each: np.ndarray) -> dict[str, float]:
-    """The mean over queries, and the 95 % interval of a bootstrap."""
-    interval = bootstrap(each)
-    return {"mean": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +67,6 @@ def judge(path: Path, outcomes: np.ndarray) -> Judged:
     grid = {name: round(float(value[~tune].mean()), 4) for name, value in tried.items()}
     default = mean.get(DEFAULT, mean[best])[~tune]
     return Judged(facts, best, mean[best][~tune], default, by_seed, grid)
-
-
-def tuning(num_queries: int) -> np.ndarray:
-    """The tenth of the queries on which the damping is chosen, as booleans."""
-    chosen = np.zeros(num_queries, bool)
-    chosen[np.random.default_rng(2).permutation(num_queries)[: num_queries // 10]] = True
-    return chosen
 
 
 def difference(one: Judged, other: Judged) -> dict[str, Any]:
