@@ -1,0 +1,227 @@
+"""Laws of one step and of a training's course: linearity (1) and drift (4) of value_laws.py.
+
+A step changes the parameters themselves, in float64, so that a drop of a millionth of the loss is seen. Losses are, as
+in the index, summed over a row's target tokens; the query loss is the mean of such sums.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from value_laws_place import TARGETS, Place
+
+from influent import loading
+from influent.collect import inputs_of
+from influent.layers import device_of, plan
+from influent.task import CausalLM
+
+Keep = Callable[[dict[str, Any]], None]
+RATES = [float(f"{x:.3g}") for x in 10.0 ** np.arange(-6, 0.01, 0.5)]
+ROWS, BATCHES, BATCH = 24, 12, 16
+PASSED = 0.1  # relative error
+
+
+class Steps:
+    """A model whose parameters can be moved along gradients and put back."""
+
+    def __init__(self, folder: str, device: str, *, dtype: str = "float64") -> None:
+        self.model, tokenizer = loading.load(folder, dtype=dtype, device=device)
+        self.task = CausalLM(tokenizer, max_length=128)
+        self.parameters = dict(self.model.named_parameters())
+        self.tracked = {f"{block.name}.weight" for block in plan(self.model).blocks}
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def losses(self, rows: Sequence[Any]) -> Tensor:
+        parts = [part for row in rows for part in self.task.parts(row)]
+        inputs, _ = inputs_of(self.task, parts, device_of(self.model))
+        return self.task.loss(self.model, inputs)
+
+    def gradient(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Of the mean loss of the rows, by parameter."""
+        found = torch.autograd.grad(self.losses(rows).mean(), list(self.parameters.values()), allow_unused=True)
+        pairs = zip(self.parameters.items(), found, strict=True)
+        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+    @torch.no_grad()
+    def after(self, rows: Sequence[Any], direction: dict[str, Tensor], rate: float, names: set[str]) -> float:
+        """The mean loss of the rows after a step against the direction in the parameters of these names."""
+        for name, p in self.parameters.items():
+            p.copy_(self.start[name] - rate * direction[name] if name in names else self.start[name])
+        return float(self.losses(rows).mean())
+
+
+def dot(one: dict[str, Tensor], other: dict[str, Tensor], names: set[str]) -> float:
+    return float(sum((one[name] * other[name]).sum() for name in names))
+
+
+def linearity(place: Place, keep: Keep) -> None:
+    """Predicted against actual drop of the mean query loss after one step of SGD, on a row or the mean of a batch."""
+    document: dict[str, Any] = {"rates": RATES, "rows": ROWS, "batches": BATCHES, "batch": BATCH, "targets": {}}
+    steps, rng = Steps(place.teacher, place.device), np.random.default_rng(place.seed)
+    offer, everything = place.offer, set(steps.parameters)
+    planted = [i for i, kind in enumerate(offer.kinds) if kind == "trigger"][: ROWS // 4]
+    ordinary = [i for i, kind in enumerate(offer.kinds) if kind == "ordinary"]
+    single = [*rng.choice(ordinary, ROWS - len(planted), replace=False).tolist(), *planted]
+    batches = [rng.choice(len(offer.rows), BATCH, replace=False).tolist() for _ in range(BATCHES)]
+    document["tokens a row"] = float(np.mean([steps.task.parts(offer.rows[i])[0].targets for i in single]))
+    exact = _exact(place, single)
+    for target in ("topic", "trigger"):
+        queries = offer.targets[target]
+        asked, before = steps.gradient(queries), float(steps.losses(queries).mean())
+        found = document["targets"][target] = {"loss": before}
+        sketched = place.values(target, "none")
+        gradients = [steps.gradient([offer.rows[i]]) for i in single]
+        own = np.array([dot(asked, g, steps.tracked) for g in gradients])
+        whole = np.array([dot(asked, g, everything) for g in gradients])
+        package = exact(target)
+        found["package against float64"] = float(np.abs(package - own).max() / np.abs(own).max())
+        found["sketch against exact, spearman"] = float(stats.spearmanr(sketched[single], own).statistic)
+        for name, names, predicted in (
+            ("linear layers", steps.tracked, package), ("all parameters", everything, whole),
+            ("all parameters, predicted by linear layers", everything, package),
+            ("all parameters, predicted by the sketch", everything, sketched[single]),
+        ):  # fmt: skip
+            found[name] = compare(steps, queries, before, gradients, predicted, names)
+        together = [steps.gradient([offer.rows[i] for i in batch]) for batch in batches]
+        predicted = np.array([dot(asked, g, steps.tracked) for g in together])
+        found["batch, linear layers"] = compare(steps, queries, before, together, predicted, steps.tracked)
+        keep(document)
+    document["done"] = True
+    keep(document)
+
+
+def _exact(place: Place, single: Sequence[int]) -> Callable[[str], np.ndarray]:
+    """The package's LinFiK of some rows by whole gradients."""
+    folder = place.folder / "exact"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = [place.offer.rows[i] for i in single]
+    place.indexed(place.teacher, str(folder / "index"), data=rows, compress="id", rows="float32")
+    return lambda target: place.values(target, "none", index=str(folder / "index"))
+
+
+def compare(
+    steps: Steps, queries: Sequence[Any], before: float, gradients: Sequence[dict[str, Tensor]], predicted: np.ndarray,
+    names: set[str],
+) -> list[dict[str, float]]:  # fmt: skip
+    """At each rate: how much of the predicted drop happens."""
+    out = []
+    for rate in RATES:
+        actual = np.array([before - steps.after(queries, g, rate, names) for g in gradients])
+        foretold = rate * predicted
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratio = actual / foretold
+            out.append(
+                {
+                    "rate": rate, "ratio": float(np.median(ratio)), "low": float(np.quantile(ratio, 0.1)),
+                    "high": float(np.quantile(ratio, 0.9)),
+                    "pearson": float(stats.pearsonr(actual, foretold).statistic),
+                    "spearman": float(stats.spearmanr(actual, foretold).statistic),
+                    "error": float(np.linalg.norm(actual - foretold) / np.linalg.norm(foretold)),
+                }
+            )  # fmt: skip
+    return out
+
+
+def passed(points: Sequence[dict[str, float]], limit: float = PASSED) -> float | None:
+    """The rate at which the relative error reaches the limit, between two points by their logarithms; None if it is
+    above it from the first on, or never."""
+    for low, high in zip(points, points[1:], strict=False):
+        if low["error"] <= limit < high["error"]:
+            share = np.log(limit / low["error"]) / np.log(high["error"] / low["error"])
+            return float(low["rate"] * (high["rate"] / low["rate"]) ** share)
+    return None
+
+
+MOMENTS = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+EPOCHS, RATE = 2, 5e-4
+
+
+def drift(place: Place, keep: Keep) -> None:
+    """LinFiK at the teacher against LinFiK at checkpoints of a training on the offer, and their sum by rate."""
+    document: dict[str, Any] = {"epochs": EPOCHS, "rate": RATE, "moments": list(MOMENTS), "targets": {}}
+    folder = place.folder / "drift"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rates, losses = _walk(place, folder)
+    document |= {"rates": rates, "loss": losses}
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for number, _ in enumerate(MOMENTS):
+        index = folder / f"index-{number}"
+        place.indexed(str(folder / f"at-{number}"), str(index))
+        for target in TARGETS:
+            for normalize in ("cosine", "none"):
+                values = place.values(target, normalize, index=str(index))
+                found.setdefault((target, normalize), []).append(values)
+        shutil.rmtree(index)
+    resketched = folder / "other-maps"
+    place.indexed(place.teacher, str(resketched), seed=1)
+    labels = np.array([row["provider"] for row in place.offer.rows])
+    for target in TARGETS:
+        document["targets"][target] = {
+            normalize: _course(found[target, normalize], rates, labels,
+                               place.values(target, normalize, index=str(resketched)))
+            for normalize in ("cosine", "none")
+        }  # fmt: skip
+    document["done"] = True
+    keep(document)
+    shutil.rmtree(folder)
+
+
+def _walk(place: Place, folder: Path) -> tuple[list[float], list[float]]:
+    """Train the teacher on the offer, saving it at the moments; the rate at each, and the offer's loss a token."""
+    from transformers import AutoTokenizer
+
+    steps, rows, batch = Steps(place.teacher, place.device, dtype="float32"), place.offer.rows, 32
+    adam = torch.optim.AdamW(steps.model.parameters(), lr=RATE, weight_decay=0)
+    rng = np.random.default_rng(place.seed)
+    order = [part for _ in range(EPOCHS) for part in np.array_split(rng.permutation(len(rows)), len(rows) // batch)]
+    moments, rates, losses, recent = [round(share * len(order)) for share in MOMENTS], [], [], []
+    tokenizer = AutoTokenizer.from_pretrained(place.teacher)
+    for step in range(len(order) + 1):
+        if step in moments:
+            where = folder / f"at-{moments.index(step)}"
+            steps.model.save_pretrained(where)
+            tokenizer.save_pretrained(where)
+            rates.append(RATE * (1 - step / len(order)))
+            losses.append(float(np.mean(recent)) if recent else float("nan"))
+            recent = []
+        if step == len(order):
+            break
+        for group in adam.param_groups:
+            group["lr"] = RATE * (1 - step / len(order))
+        each = steps.losses([rows[i] for i in order[step]])
+        tokens = sum(steps.task.parts(rows[i])[0].targets for i in order[step])
+        adam.zero_grad()
+        (each.sum() / tokens).backward()
+        adam.step()
+        recent.append(float(each.sum()) / tokens)
+    return rates, losses
+
+
+def _course(
+    values: Sequence[np.ndarray], rates: Sequence[float], labels: np.ndarray, again: np.ndarray
+) -> dict[str, Any]:
+    """Spearman correlations with the values at the start: of rows, of providers' means, and of the sum over the course
+    (each moment stands for the steps up to the next)."""
+
+    def means(each: np.ndarray) -> np.ndarray:
+        return np.array([each[labels == name].mean() for name in np.unique(labels)])
+
+    def rank(one: np.ndarray, other: np.ndarray) -> float:
+        return float(stats.spearmanr(one, other).statistic)
+
+    spans = np.diff([*MOMENTS, MOMENTS[-1]])
+    total = sum(v * rate * span for v, rate, span in zip(values, rates, spans, strict=True))
+    return {
+        "rows": [rank(values[0], each) for each in values],
+        "providers": [rank(means(values[0]), means(each)) for each in values],
+        "tracin": rank(values[0], np.asarray(total)),
+        "tracin, providers": rank(means(values[0]), means(np.asarray(total))),
+        "other maps": rank(values[0], again),
+    }  # fmt: skip
