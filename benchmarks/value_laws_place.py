@@ -32,9 +32,14 @@ class Scale:
     draws: int = 200  # of the labelled sample
     runs: int = 8  # trainings without each provider
     random: int = 6  # draws of random rows
+    seeds: int = 3  # trainings of each other set
 
 
-SCALES = {"full": Scale(), "smoke": Scale(draws=5, runs=1, random=1), "tiny": Scale("0.5M", 720, 1500, 10, 2, 2)}
+SCALES = {
+    "full": Scale(),
+    "smoke": Scale(draws=5, runs=1, random=1, seeds=1),
+    "tiny": Scale("student", 660, 600, 4, 2, 2, 1),
+}
 
 
 @dataclass(frozen=True)

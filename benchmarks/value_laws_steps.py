@@ -36,14 +36,19 @@ class Steps:
         self.tracked = {f"{block.name}.weight" for block in plan(self.model).blocks}
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
 
+    def targets(self, rows: Sequence[Any]) -> int:
+        return sum(part.targets for row in rows for part in self.task.parts(row))
+
     def losses(self, rows: Sequence[Any]) -> Tensor:
         parts = [part for row in rows for part in self.task.parts(row)]
         inputs, _ = inputs_of(self.task, parts, device_of(self.model))
         return self.task.loss(self.model, inputs)
 
-    def gradient(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Of the mean loss of the rows, by parameter."""
-        found = torch.autograd.grad(self.losses(rows).mean(), list(self.parameters.values()), allow_unused=True)
+    def gradient(self, rows: Sequence[Any], *, by_token: bool = False) -> dict[str, Tensor]:
+        """Of the mean loss of the rows, or of their target tokens, by parameter."""
+        loss = self.losses(rows).sum()
+        loss = loss / (self.targets(rows) if by_token else len(rows))
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         pairs = zip(self.parameters.items(), found, strict=True)
         return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
@@ -70,6 +75,7 @@ def linearity(place: Place, keep: Keep) -> None:
     batches = [rng.choice(len(offer.rows), BATCH, replace=False).tolist() for _ in range(BATCHES)]
     document["tokens a row"] = float(np.mean([steps.task.parts(offer.rows[i])[0].targets for i in single]))
     exact = _exact(place, single)
+    state, file = adam_state(place, steps)
     for target in ("topic", "trigger"):
         queries = offer.targets[target]
         asked, before = steps.gradient(queries), float(steps.losses(queries).mean())
@@ -87,6 +93,9 @@ def linearity(place: Place, keep: Keep) -> None:
             ("all parameters, predicted by the sketch", everything, sketched[single]),
         ):  # fmt: skip
             found[name] = compare(steps, queries, before, gradients, predicted, names)
+        directions = [adam_step(steps, [offer.rows[i]], state) for i in single]
+        by_step = exact(target, scale="adam-step", optimizer=file)
+        found["Adam, linear layers"] = compare(steps, queries, before, directions, by_step, steps.tracked)
         together = [steps.gradient([offer.rows[i] for i in batch]) for batch in batches]
         predicted = np.array([dot(asked, g, steps.tracked) for g in together])
         found["batch, linear layers"] = compare(steps, queries, before, together, predicted, steps.tracked)
@@ -95,14 +104,51 @@ def linearity(place: Place, keep: Keep) -> None:
     keep(document)
 
 
-def _exact(place: Place, single: Sequence[int]) -> Callable[[str], np.ndarray]:
-    """The package's LinFiK of some rows by whole gradients."""
+def _exact(place: Place, single: Sequence[int]) -> Callable[..., np.ndarray]:
+    """The package's LinFiK of some rows by whole gradients, or by the steps of an optimiser on them."""
     folder = place.folder / "exact"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     rows = [place.offer.rows[i] for i in single]
-    place.indexed(place.teacher, str(folder / "index"), data=rows, compress="id", rows="float32")
-    return lambda target: place.values(target, "none", index=str(folder / "index"))
+
+    def values(target: str, **scale: str) -> np.ndarray:
+        index = folder / f"index-{scale.get('scale', 'none')}"
+        place.indexed(place.teacher, str(index), data=rows, compress="id", rows="float32", **scale)
+        return place.values(target, "none", index=str(index))
+
+    return values
+
+
+BETAS, EPS, SEEN = (0.9, 0.999), 1e-8, 64  # of Adam, and the batches that its state has seen
+
+
+def adam_state(place: Place, steps: Steps) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
+    """Adam's moments after batches of what the teacher has read, at the teacher; in memory and as the verb reads it."""
+    from safetensors.torch import save_file
+
+    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in steps.parameters.items()}
+    rows = [{"text": row["text"]} for row in place.offer.base[: SEEN * BATCH]]
+    for lo in range(0, len(rows), BATCH):
+        for name, g in steps.gradient(rows[lo : lo + BATCH], by_token=True).items():
+            m, v = state[name]
+            m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+            v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+    file = place.folder / "adam.safetensors"
+    flat = {f"{name}.{key}": t.float().cpu().contiguous() for name, both in state.items()
+            for key, t in zip(("exp_avg", "exp_avg_sq"), both, strict=True)}  # fmt: skip
+    facts = {"step": SEEN, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS}
+    save_file(flat, file, metadata={key: str(value) for key, value in facts.items()})
+    return state, str(file)
+
+
+def adam_step(steps: Steps, rows: Sequence[Any], state: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What Adam subtracts, times the rate, for the mean loss a token of the rows (Kingma and Ba, 2015)."""
+    out = {}
+    for name, g in steps.gradient(rows, by_token=True).items():
+        m, v = (b * old + (1 - b) * new for b, old, new in zip(BETAS, state[name], (g, g * g), strict=True))
+        rise, spread = (1 - b ** (SEEN + 1) for b in BETAS)
+        out[name] = (m / rise) / ((v / spread).sqrt() + EPS)
+    return out
 
 
 def compare(
@@ -196,7 +242,7 @@ def _walk(place: Place, folder: Path) -> tuple[list[float], list[float]]:
         for group in adam.param_groups:
             group["lr"] = RATE * (1 - step / len(order))
         each = steps.losses([rows[i] for i in order[step]])
-        tokens = sum(steps.task.parts(rows[i])[0].targets for i in order[step])
+        tokens = steps.targets([rows[i] for i in order[step]])
         adam.zero_grad()
         (each.sum() / tokens).backward()
         adam.step()

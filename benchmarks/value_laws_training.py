@@ -11,7 +11,6 @@ from influent.finetune import FineTune, Recipe
 
 SELECT = Recipe(epochs=2, rate=5e-4, batch=16, max_length=128)
 WITHOUT = Recipe(epochs=1, rate=5e-4, batch=32, max_length=128)
-SEEDS = 3  # trainings of each set
 
 
 def trainer(place: Place, queries: list[dict[str, str]], recipe: Recipe) -> FineTune:
@@ -30,7 +29,7 @@ def selection(target: str):
         }  # fmt: skip
         sets, document["student"] = _sets(place, target)
         kinds, labels = np.array(place.offer.kinds), np.array([row["provider"] for row in place.offer.rows])
-        for run in range(SEEDS):
+        for run in range(place.scale.seeds):
             for name, rows in sets.items():
                 if run and name.startswith("random"):
                     continue  # each draw once
