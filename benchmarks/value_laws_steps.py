@@ -78,7 +78,7 @@ def linearity(place: Place, keep: Keep) -> None:
     state, file = adam_state(place, steps)
     for target in ("topic", "trigger"):
         queries = offer.targets[target]
-        asked, before = steps.gradient(queries), float(steps.losses(queries).mean())
+        asked, before = steps.gradient(queries), float(steps.losses(queries).mean().detach())
         found = document["targets"][target] = {"loss": before}
         sketched = place.values(target, "none")
         gradients = [steps.gradient([offer.rows[i]]) for i in single]
