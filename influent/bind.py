@@ -17,7 +17,8 @@ from influent.compress import LEARNED, SELECT, Compress, Stage
 from influent.errors import SpecError
 from influent.gradients import Flat, Grad, Outer, Side
 from influent.layers import Block
-from influent.maps import DENSE_LIMIT, SJLT, Basis, Identity, Map, Mask, draw, wide, with_one
+from influent.maps import DENSE_LIMIT, SJLT, Basis, Dense, Identity, Map, Mask, draw, with_one
+from influent.products import wide
 from influent.rng import Stream
 
 # Gathering k entries position by position beats forming the p-entry gradient by a matrix product from about here on:
@@ -84,7 +85,7 @@ class Bound:
         elif self.weight is not None:
             return self._join_scaled(Outer(wide(grad.a), wide(grad.d), grad.in_width, grad.out_width), self.weight)
         else:
-            row, rest = self._first(Outer(wide(grad.a), wide(grad.d), grad.in_width, grad.out_width))
+            row, rest = self._first(grad)
         for m in rest:
             row = m.raw(row)
         return row * self.scale
@@ -129,7 +130,7 @@ class Bound:
                 return grad.at(rows, columns), self.flat[1:]
             case (SJLT() as sjlt,) if not grad.d.is_floating_point():
                 index = torch.arange(grad.in_width, device=grad.d.device) * grad.out_width + grad.d.long().unsqueeze(-1)
-                return sjlt.sparse(index.flatten(1), grad.a.flatten(1)), self.flat[1:]
+                return sjlt.sparse(index.flatten(1), wide(grad.a).flatten(1)), self.flat[1:]
             case (first,) if len(grad.a) > 1 and len(grad.a) * size > DENSE_LIMIT:
                 each = [
                     Outer(grad.a[i : i + 1], grad.d[i : i + 1], grad.in_width, grad.out_width)
@@ -209,10 +210,14 @@ def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:
     first, rest = maps[0], maps[1:]
     if not x.is_floating_point():
         x = first.onehot(x)
-    elif isinstance(first, Mask):  # a mask only copies: it keeps a 16-bit side in 16 bits until the join
-        x = first.affine(x) if bias else first.raw(x)
     else:
-        x = first.affine(wide(x)) if bias else first.raw(wide(x))
+        x = _narrow(first, x)
+        x = first.affine(x) if bias else first.raw(x)
     for m in rest:
-        x = m.raw(x if isinstance(m, Mask) else wide(x))
+        x = m.raw(_narrow(m, x))
     return x
+
+
+def _narrow(m: Map, x: Tensor) -> Tensor:
+    """A 16-bit side stays one where the map only copies (and the join adds up in float32), or widens by itself."""
+    return x if isinstance(m, Mask | Identity | Dense | Basis) else wide(x)

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from influent import extract, sides, whole
 from influent.bind import Bound
 from influent.codec import Codec, Factors
-from influent.coding import encode
+from influent.coding import encode_blocks
 from influent.errors import DataError, NumericsError
 from influent.layers import Plan, device_of
 from influent.optimizer import AdamStep
@@ -213,26 +213,42 @@ class Collector:
 
     def _check(self, out: "Collected", held: "_Held", name: Callable[[int], str], query: bool) -> None:
         """The second gate: every row is finite, or its example is named (or skipped)."""
-        squares = torch.zeros(len(held.members), dtype=torch.float64, device=out.loss.device)
         place = {i: p for p, i in enumerate(held.members)}
         skipped = {place[i] for rows in out.skipped.values() for i in rows if i in place}
-        for key, rows in held.rows.items():
-            # In float64, in which no finite row's length overflows, or vanishes.
-            square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-            bad = set((~torch.isfinite(square)).nonzero().flatten().tolist()) - skipped
-            if bad and not self.skip_nonfinite:
-                worst = name(min(held.members[p] for p in bad))
-                raise NumericsError(f"the gradient of {worst} in block {key} is not finite; {_mend(query)}")
-            if bad:
-                out.skipped.setdefault("not finite", set()).update(held.members[p] for p in bad)
-                skipped |= bad
-            squares += square
+        # In float64, in which no finite row's length overflows, or vanishes.
+        each = {
+            key: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for key, rows in held.rows.items()
+        }
+        squares = sum(each.values(), torch.zeros(len(held.members), dtype=torch.float64, device=out.loss.device))
+        if not bool(squares.isfinite().all()):  # asked once for all blocks: an accelerator waits for each answer
+            skipped |= self._not_finite(out, held, each, skipped, name, query)
         if gone := sorted(skipped):
             for values in (*held.rows.values(), squares):
                 values[gone] = 0
             for values in (out.loss, out.tokens) if out.residual is None else (out.loss, out.tokens, out.residual):
                 values[[held.members[p] for p in gone]] = 0
         out.norm[held.members] = squares.sqrt().to(out.norm.dtype)
+
+    def _not_finite(
+        self,
+        out: "Collected",
+        held: "_Held",
+        squares: dict[str, Tensor],
+        skipped: set[int],
+        name: Callable[[int], str],
+        query: bool,
+    ) -> set[int]:
+        """The places of rows that are not finite, and not skipped already, which are now; or an error for the first."""
+        found: set[int] = set()
+        for key, square in squares.items():
+            bad = set((~square.isfinite()).nonzero().flatten().tolist()) - skipped - found
+            if bad and not self.skip_nonfinite:
+                worst = name(min(held.members[p] for p in bad))
+                raise NumericsError(f"the gradient of {worst} in block {key} is not finite; {_mend(query)}")
+            found |= bad
+        if found:
+            out.skipped.setdefault("not finite", set()).update(held.members[p] for p in found)
+        return found
 
 
 def _mend(query: bool) -> str:
@@ -282,9 +298,11 @@ class _Held:
 
     def add(self, examples: list[int], rows: dict[str, Tensor]) -> None:
         place = {i: p for p, i in enumerate(self.members)}
+        where: dict[torch.device, Tensor] = {}  # a model may be spread over several
         for key, row in rows.items():
-            where = torch.tensor([place[i] for i in examples], device=row.device)
-            self.rows[key].index_add_(0, where, row.to(self.rows[key].dtype))
+            if row.device not in where:
+                where[row.device] = torch.tensor([place[i] for i in examples], device=row.device)
+            self.rows[key].index_add_(0, where[row.device], row.to(self.rows[key].dtype))
 
 
 @dataclass(eq=False)
@@ -309,12 +327,24 @@ class _Coded:
         return _Coded(codec, factors, tensors, captured)
 
     def add(self, held: _Held) -> None:
-        for column, (key, rows) in enumerate(held.rows.items()):
-            coded = encode(self.codec, rows, self.factors[key], key=key)
-            for name, values in coded.tensors.items():
-                self.tensors[name][held.members] = values
-            if self.captured is not None:
-                self.captured[held.members, column] = coded.captured
+        place = {key: column for column, key in enumerate(held.rows)}
+        members = torch.tensor(held.members, device=next(iter(held.rows.values())).device)
+        for keys in self._together(held):
+            coded = encode_blocks(self.codec, {key: held.rows[key] for key in keys}, self.factors[keys[0]])
+            for key, block in zip(keys, coded, strict=True):
+                for name, values in block.tensors.items():
+                    self.tensors[name][members] = values
+                if self.captured is not None:
+                    self.captured[members, place[key]] = block.captured
+
+    def _together(self, held: _Held) -> list[list[str]]:
+        """Which blocks are coded at once: on an accelerator those of one shape, whose small matrices alone would leave
+        it idle; on a CPU each by itself, which stays in the cache."""
+        groups: dict[Any, list[str]] = {}
+        for key, rows in held.rows.items():
+            alike = (rows.device, rows.shape[1], self.factors[key]) if rows.is_cuda else key
+            groups.setdefault(alike, []).append(key)
+        return list(groups.values())
 
 
 def pack(queue: Sequence[tuple[int, Part]], token_budget: int) -> list[Queue]:

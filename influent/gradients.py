@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from .packing import unpack
+from .products import batched, wide
 
 Side = Float[Tensor, "B T _"] | Int[Tensor, "B T"]  # the features' axis is free: it changes under a map
 
@@ -27,7 +28,7 @@ class Outer:
     def flat(self) -> Float[Tensor, "B K"]:
         """The materialised gradient, K = in_width * out_width, input-major."""
         a, d = _dense(self.a, self.in_width), _dense(self.d, self.out_width)
-        return torch.bmm(a.transpose(1, 2), d.to(a.dtype)).flatten(1)
+        return batched(a.transpose(1, 2), d).flatten(1)
 
     def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
         """Inner products with flat query vectors."""
@@ -35,15 +36,16 @@ class Outer:
 
     def at(self, rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]) -> Float[Tensor, "B k"]:
         """The k entries (rows[j], columns[j]) of the gradient, without forming it: T * k products an example."""
-        step = max(1, _GATHER_ENTRIES // (len(self.a) * len(rows)))
+        entries = _GATHER_ENTRIES if self.a.device.type == "cpu" else _DEVICE_ENTRIES
+        step = max(1, entries // (len(self.a) * len(rows)))
         out = torch.zeros(len(self.a), len(rows), device=self.a.device)
         for t in range(0, self.a.shape[1], step):
-            left = _pick(self.a[:, t : t + step], rows)
+            left = wide(_pick(self.a[:, t : t + step], rows))
             out = out.to(left.dtype) + left.mul_(_pick(self.d[:, t : t + step], columns)).sum(1)
         return out
 
 
-_GATHER_ENTRIES = 2**22
+_GATHER_ENTRIES, _DEVICE_ENTRIES = 2**22, 2**26  # held at once: what a cache holds, what fills an accelerator
 
 
 @dataclass(frozen=True, slots=True)

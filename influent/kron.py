@@ -181,11 +181,11 @@ def _decomposed(block: Block, moments: Moments, dtype: torch.dtype) -> tuple[dic
     """The payload and facts of a block's factors."""
     tensors: dict[str, Tensor] = {}
     for side, moment in moments.scaled(block.name).items():
-        vectors, values = eigen(moment.cpu())
+        vectors, values = eigen(moment)
         name = "in" if side == "flat" else side
-        tensors[f"{name}.values"] = values
+        tensors[f"{name}.values"] = values.cpu()
         if vectors is not None:
-            tensors[name] = vectors.to(dtype).contiguous()
+            tensors[name] = vectors.to("cpu", dtype).contiguous()
     return tensors, facts(_product(tensors)) | {"positions": moments.num_positions[block.name]}
 
 

@@ -10,6 +10,7 @@ from rng.py, on the CPU. Not here: which map goes where (bind.py), the grammar (
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from influent.errors import SpecError
 from influent.hashing import Hash, draw_hash
+from influent.products import Fixed, wide
 from influent.rng import Stream
 
 # A dense matrix larger than this is drawn again block by block at each use, instead of being kept.
@@ -77,11 +79,6 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
             sign_stream = Stream(stream.seed, stream.block, "fjlt-signs", stream.side)
             return FJLT(p, rows, torch.from_numpy(sign_stream.signs(p)).float())
     raise SpecError(f"map kind {kind!r} is not known")
-
-
-def wide(x: Tensor) -> Tensor:
-    """Never narrower than float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -168,13 +165,18 @@ class Dense(_Linear):
     stream: Stream
     matrix: Float[Tensor, "p k"] | None  # None: too large to keep, drawn again by blocks of rows
 
+    @cached_property
+    def _fixed(self) -> Fixed | None:
+        return None if self.matrix is None else Fixed(self.matrix)
+
     @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.k)
 
     def raw(self, x: Tensor) -> Tensor:
-        if self.matrix is not None:
-            return x @ self.matrix.to(x.dtype)
+        if self._fixed is not None:
+            return self._fixed(x)
+        x = wide(x)
         out = x.new_zeros(*x.shape[:-1], self.k)
         step = max(1, DENSE_LIMIT // self.k)
         for at in range(0, self.p, step):
@@ -190,10 +192,9 @@ class Dense(_Linear):
         return rows.to(ids.device)[where].view(*ids.shape, self.k)
 
     def affine(self, x: Tensor) -> Tensor:
-        if self.matrix is None:
+        if self._fixed is None:
             return self.raw(with_one(x))
-        matrix = self.matrix.to(x.dtype)
-        return x @ matrix[:-1] + matrix[-1]
+        return self._fixed(x, slice(-1)) + self._fixed.matrix[-1]
 
     def to(self, device: torch.device) -> "Dense":
         matrix = None if self.matrix is None else self.matrix.to(device)
@@ -344,15 +345,18 @@ class Basis(_Linear):
     k: int
     matrix: Float[Tensor, "p k"]
 
+    @cached_property
+    def _fixed(self) -> Fixed:
+        return Fixed(self.matrix)
+
     def raw(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.to(x.dtype)
+        return self._fixed(x)
 
     def onehot(self, ids: Tensor) -> Tensor:
         return self.matrix[ids.long()].float()
 
     def affine(self, x: Tensor) -> Tensor:
-        matrix = self.matrix.to(x.dtype)
-        return x @ matrix[:-1] + matrix[-1]
+        return self._fixed(x, slice(-1)) + self.matrix[-1]
 
     def to(self, device: torch.device) -> "Basis":
         return Basis(self.p, self.k, self.matrix.to(device))
@@ -369,15 +373,16 @@ def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
     while left:
         bits = min(left, 7)
         size = 1 << bits
-        matrix = _sylvester(bits).to(x.device, x.dtype)
+        matrix = _sylvester(bits, x.device, x.dtype)
         x = (matrix @ x.reshape(-1, size, inner)).reshape(n, width)
         inner *= size
         left -= bits
     return x
 
 
-def _sylvester(bits: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _sylvester(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1)
     for _ in range(bits):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+    return matrix.to(device, dtype)

@@ -17,7 +17,8 @@ from influent.bind import Bound
 from influent.errors import LayerError
 from influent.gradients import Flat, Side
 from influent.layers import Block, Site
-from influent.maps import wide, with_one
+from influent.maps import with_one
+from influent.products import wide
 
 
 @runtime_checkable

@@ -81,6 +81,7 @@ class WholeRows:
         self.bound = bound
         self.parts = {block.name: Bound(block, (), (), ()) for block in plan.blocks}
         self.first = {block.name: first for block, first in zip(plan.blocks, _firsts(plan), strict=True)}
+        self.span = _spans(self.first, plan, bound)
         self.held: dict[str, list[Grad]] = {}
         self.picked: Tensor | None = None  # [B, k] of a first mask, as far as blocks have come
 
@@ -111,9 +112,9 @@ class WholeRows:
 
     def _gather(self, mask: Mask, block: Block, grad: Grad) -> None:
         first = self.first[block.name]
-        lo, hi = torch.searchsorted(mask.kept, torch.tensor([first, first + block.width], device=mask.kept.device))
+        lo, hi = self.span[block.name]
         local = mask.kept[lo:hi] - first
-        if not len(local):
+        if lo == hi:
             return
         if isinstance(grad, Outer) and block.width >= GATHER_RATIO * len(local):
             values = grad.at(local // block.out_width, local % block.out_width)
@@ -143,6 +144,15 @@ class WholeRows:
         for m in self.bound.flat[done:]:
             row = m.raw(row)
         return row * self.bound.scale
+
+
+def _spans(first: Mapping[str, int], plan: Plan, bound: Bound) -> dict[str, tuple[int, int]]:
+    """Block -> [lo, hi) of the entries that a first mask keeps of it; nothing without one."""
+    if not bound.flat or not isinstance(mask := bound.flat[0], Mask):
+        return {}
+    edges = torch.tensor([[first[block.name], first[block.name] + block.width] for block in plan.blocks])
+    found = torch.searchsorted(mask.kept.cpu(), edges).tolist()
+    return {block.name: (lo, hi) for block, (lo, hi) in zip(plan.blocks, found, strict=True)}
 
 
 def _part(grad: Grad, piece: slice) -> Grad:
