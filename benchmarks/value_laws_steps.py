@@ -55,9 +55,12 @@ class Steps:
     @torch.no_grad()
     def after(self, rows: Sequence[Any], direction: dict[str, Tensor], rate: float, names: set[str]) -> float:
         """The mean loss of the rows after a step against the direction in the parameters of these names."""
-        for name, p in self.parameters.items():
-            p.copy_(self.start[name] - rate * direction[name] if name in names else self.start[name])
-        return float(self.losses(rows).mean())
+        for name in names:
+            self.parameters[name].sub_(direction[name], alpha=rate)
+        loss = float(self.losses(rows).mean())
+        for name in names:
+            self.parameters[name].copy_(self.start[name])
+        return loss
 
 
 def dot(one: dict[str, Tensor], other: dict[str, Tensor], names: set[str]) -> float:
@@ -87,18 +90,20 @@ def linearity(place: Place, keep: Keep) -> None:
         package = exact(target)
         found["package against float64"] = float(np.abs(package - own).max() / np.abs(own).max())
         found["sketch against exact, spearman"] = float(stats.spearmanr(sketched[single], own).statistic)
-        for name, names, predicted in (
-            ("linear layers", steps.tracked, package), ("all parameters", everything, whole),
-            ("all parameters, predicted by linear layers", everything, package),
-            ("all parameters, predicted by the sketch", everything, sketched[single]),
-        ):  # fmt: skip
-            found[name] = compare(steps, queries, before, gradients, predicted, names)
         directions = [adam_step(steps, [offer.rows[i]], state) for i in single]
-        by_step = exact(target, scale="adam-step", optimizer=file)
-        found["Adam, linear layers"] = compare(steps, queries, before, directions, by_step, steps.tracked)
         together = [steps.gradient([offer.rows[i] for i in batch]) for batch in batches]
-        predicted = np.array([dot(asked, g, steps.tracked) for g in together])
-        found["batch, linear layers"] = compare(steps, queries, before, together, predicted, steps.tracked)
+        inside, moved, adam, common = (
+            drops(steps, queries, before, each, names)
+            for each, names in ((gradients, steps.tracked), (gradients, everything), (directions, steps.tracked),
+                                (together, steps.tracked))
+        )  # fmt: skip
+        found["linear layers"] = compare(inside, package)
+        found["all parameters"] = compare(moved, whole)
+        found["all parameters, predicted by linear layers"] = compare(moved, package)
+        found["all parameters, predicted by the sketch"] = compare(moved, sketched[single])
+        by_step = exact(target, scale="adam-step", optimizer=file)
+        found["Adam, linear layers"] = compare(adam, by_step)
+        found["batch, linear layers"] = compare(common, np.array([dot(asked, g, steps.tracked) for g in together]))
         keep(document)
     document["done"] = True
     keep(document)
@@ -151,14 +156,17 @@ def adam_step(steps: Steps, rows: Sequence[Any], state: dict[str, tuple[Tensor, 
     return out
 
 
-def compare(
-    steps: Steps, queries: Sequence[Any], before: float, gradients: Sequence[dict[str, Tensor]], predicted: np.ndarray,
-    names: set[str],
-) -> list[dict[str, float]]:  # fmt: skip
+def drops(
+    steps: Steps, queries: Sequence[Any], before: float, directions: Sequence[dict[str, Tensor]], names: set[str]
+) -> np.ndarray:
+    """By how much the mean query loss falls after a step along each direction at each rate, [rates, directions]."""
+    return np.array([[before - steps.after(queries, g, rate, names) for g in directions] for rate in RATES])
+
+
+def compare(found: np.ndarray, predicted: np.ndarray) -> list[dict[str, float]]:
     """At each rate: how much of the predicted drop happens."""
     out = []
-    for rate in RATES:
-        actual = np.array([before - steps.after(queries, g, rate, names) for g in gradients])
+    for rate, actual in zip(RATES, found, strict=True):
         foretold = rate * predicted
         with np.errstate(over="ignore", invalid="ignore"):
             ratio = actual / foretold
