@@ -135,7 +135,7 @@ def distill(
         int | None, typer.Option(metavar="N", min=1, help="Rows to label, 20 a provider at least. Default: all.")
     ] = None,
     rung: Annotated[
-        str, typer.Option(metavar="NAME", help="bm25, tfidf, encoder, lm, or auto: what ranks best.")
+        str, typer.Option(metavar="NAME", help="bm25, tfidf, encoder, lm, tuned, or auto: what ranks best.")
     ] = "auto",
     encoder: Annotated[str | None, typer.Option(metavar="PATH", help="A sentence encoder, for its rung.")] = None,
     by: By = "provider",
@@ -143,6 +143,10 @@ def distill(
         str, typer.Option(metavar="NAME", help="cosine, or none: the predicted drop of the loss.")
     ] = "cosine",
     calibration: Annotated[str, typer.Option(metavar="NAME", help="linear or isotonic.")] = "linear",
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Fine-tune the small model as well, so long at most.")
+    ] = None,
+    rate: Annotated[float, typer.Option(metavar="R", help="Of fine-tuning.")] = 1e-4,
     embed_model: Annotated[bool, typer.Option("--embed-model", help="Put the small model into the student.")] = False,
     seed: Seed = 0,
     model: ModelPath = None,
@@ -154,7 +158,7 @@ def distill(
 
     It learns what the gradients say of a target (ALinFiK), is measured on held-out labels, and can be handed out.
     """
-    preflight.choice("--rung", rung, ("auto", "bm25", "tfidf", "encoder", "lm"))
+    preflight.choice("--rung", rung, ("auto", "bm25", "tfidf", "encoder", "lm", "tuned"))
     preflight.choice("--by", by, ("provider", "source"))
     preflight.choice("--normalize", normalize, ("cosine", "none"))
     preflight.choice("--calibration", calibration, ("linear", "isotonic"))
@@ -165,7 +169,8 @@ def distill(
     with progress_bars() as progress:
         document = influent.distill(
             index, target=target, student=student, out=out, labels=labels, rung=rung, encoder=encoder, by=by,
-            normalize=normalize, calibration=calibration, embed_model=embed_model, seed=seed, model=model,
+            normalize=normalize, calibration=calibration, epochs=epochs, rate=rate, embed_model=embed_model, seed=seed,
+            model=model,
             token_budget=token_budget, device=device, progress=progress,
         )  # fmt: skip
     from influent.value_page import print_student

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from influent import metrics, providers, score, untrained
+from influent import metrics, providers, score, tuning, untrained
 from influent import student as students
 from influent import target as targets
 from influent.attach import Run
 from influent.catalog import Catalog
 from influent.errors import DataError, SpecError
-from influent.features import Features, Words, load_encoder, load_lm
+from influent.features import Features, LanguageModel, Words, load_encoder, load_lm
 from influent.lexical import Bm25, TfIdf
 from influent.loading import noted_path
 from influent.payments import MIN_FIDELITY, MIN_LABELS
@@ -39,7 +39,8 @@ from influent.target import Target
 from influent.task import Encodes, Task
 from influent.valuing import FORMS, unit_of
 
-RUNGS = ("bm25", "tfidf", "encoder", "lm")
+RUNGS = ("bm25", "tfidf", "encoder", "lm", "tuned")
+MAKING = "making"  # what is kept while a student is made, and gone once it is
 LEAST = 20  # labels of each provider, as far as it has rows
 HELD = 0.2
 BEST = 0.05  # recall is of the best 5 %
@@ -58,6 +59,8 @@ def distill(
     by: str = "provider",
     normalize: str = "cosine",
     calibration: str = "linear",
+    epochs: int | None = None,
+    rate: float = 1e-4,
     embed_model: bool = False,
     seed: int = 0,
     model: str | nn.Module | None = None,
@@ -72,8 +75,10 @@ def distill(
         target: a file or sequence of records: what the model should do better.
         student: the small causal language model, a folder or hub name.
         labels: how many rows of the index to label, at least 20 a provider; all of them by default.
-        rung: `bm25`, `tfidf`, `encoder` or `lm`; `auto` keeps the one whose left-out predictions rank best.
+        rung: `bm25`, `tfidf`, `encoder`, `lm` or `tuned`; `auto` keeps the one whose left-out predictions rank best.
         encoder: a sentence encoder, for the rung of that name.
+        epochs, rate: fine-tune the small model on the labels for so many epochs at most (8 for the rung `tuned`), at
+            this rate of AdamW; `auto` climbs that rung where epochs are given.
         calibration: `linear` or `isotonic`: how scores become values of the owner's unit.
         embed_model: put the small model into the student.
 
@@ -83,7 +88,9 @@ def distill(
     Raises:
         SpecError, DataError, MismatchError, NumericsError: as their classes say.
     """
-    asked = _asked(rung, encoder, normalize, calibration, task)
+    asked = _asked(rung, encoder, normalize, calibration, task, epochs)
+    recipe = tuning.Recipe(epochs=8 if epochs is None else epochs, rate=rate, seed=seed)
+    store = Store(out)
     opened, wanted = Index.open(index), targets.read(target, task)
     groups = providers.groups_of(opened.catalog.fields("provider", "source"), by)
     chosen, held = split(groups.labels, labels, seed=seed)
@@ -100,17 +107,22 @@ def distill(
     made: dict[str, _Rung] = {}
     for name in asked:
         features = _features(name, student, encoder, rows, wanted, held, token_budget, device)
-        made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, progress)
+        if name == "tuned":
+            assert isinstance(features, LanguageModel)
+            making = store.child(MAKING)
+            made[name] = _tuned(features, rows, values.mean(axis=1), held, calibration, recipe, making, progress)
+        else:
+            made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, progress)
     kept = max(made, key=lambda name: made[name].left_out)
     baseline = None
-    if "lm" in made:
-        longest = made["lm"].features.facts["max_length"]
+    if (small := made.get("lm") or made.get("tuned")) is not None:
+        longest = small.features.facts["max_length"]
         own = untrained.own_values(
             student, _picked(rows, held), wanted, normalize=normalize, max_length=longest, token_budget=token_budget,
             device=device,
         )  # fmt: skip
         baseline = dict(zip(("spearman", "recall"), _quality(own, values.mean(axis=1)[held]), strict=True))
-    store, best = Store(out), made[kept]
+    best = made[kept]
     spec = {
         "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
         "queries": len(wanted), "normalize": normalize, "by": by, "rung": kept, "calibration": calibration,
@@ -119,6 +131,8 @@ def distill(
     }  # fmt: skip
     path = student if kept == "lm" else encoder
     files = students.copy_model(path, store) if embed_model and path is not None and kept in ("lm", "encoder") else []
+    if kept == "tuned" and isinstance(best.features, LanguageModel):
+        path, files = None, students.save_model(best.features, store)
     fidelity = {
         "spearman": best.spearman, "recall": best.recall, "labels": len(chosen), "held": int(held.sum()),
     }  # fmt: skip
@@ -127,7 +141,7 @@ def distill(
         "fidelity": fidelity, "priced": best.spearman >= MIN_FIDELITY, "target": wanted.facts(target),
         "labels": {name: int(n) for name, n in zip(groups.names, np.bincount(groups.labels[chosen],
                    minlength=len(groups.names)), strict=True)},
-        "baseline": baseline, "cost": _cost(opened, made.get("lm"), len(chosen)),
+        "baseline": baseline, "cost": _cost(opened, small, len(chosen)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     notes = {"model": None if path is None or files else noted_path(path), "target": wanted.facts(target)["file"]}
@@ -136,6 +150,8 @@ def distill(
     every = [row["hash"] or "" for row in opened.catalog.fields("hash")]
     hashes = [every[row] for row in chosen.tolist()]
     students.save_labels(store, saved, Labels(hashes, values, held))
+    for name in store.names(f"{MAKING}/"):
+        store.delete(name)
     return {**document, "digest": saved}
 
 
@@ -221,6 +237,28 @@ def fitted(x: np.ndarray, y: np.ndarray, *, kind: str, calibration: str = "linea
     return Head(ridge, CALIBRATIONS[calibration](left_out, y)), left_out
 
 
+def _tuned(
+    small: LanguageModel,
+    rows: Sequence[Mapping[str, Any]],
+    y: np.ndarray,
+    held: np.ndarray,
+    calibration: str,
+    recipe: tuning.Recipe,
+    making: Store,
+    progress: Progress | None,
+) -> _Rung:
+    """The rung that is trained: what says how it ranks is the part of the labels that its training left out."""
+    found = tuning.tune(small, _picked(rows, ~held), y[~held], recipe, store=making, progress=progress)
+    left = y[~held][found.validation]
+    head = Head(found.ridge, CALIBRATIONS[calibration](found.predicted, left))
+    start = time.process_time()
+    x, _ = found.features(_picked(rows, held))
+    seconds = (time.process_time() - start) / len(x)
+    return _Rung(
+        found.features, head, float(metrics.spearman(found.predicted, left)), *_quality(head(x), y[held]), seconds
+    )  # fmt: skip
+
+
 def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Spearman of scores with labels, and the share of the best 5 % of the labels among as many best scores."""
     best = truth >= np.sort(truth)[-max(1, round(BEST * len(truth)))]
@@ -242,7 +280,7 @@ def _features(
     token_budget: int,
     device: str | None,
 ) -> Features:
-    if name == "lm":
+    if name in ("lm", "tuned"):
         return load_lm(small, token_budget=token_budget, device=device)
     if name == "encoder" and encoder is not None:
         return load_encoder(encoder, token_budget=token_budget, device=device)
@@ -267,7 +305,9 @@ def _contents(catalog: Catalog, chosen: np.ndarray, block: int = 4096) -> list[d
     return found
 
 
-def _asked(rung: str, encoder: str | None, normalize: str, calibration: str, task: Task | None) -> list[str]:
+def _asked(
+    rung: str, encoder: str | None, normalize: str, calibration: str, task: Task | None, epochs: int | None
+) -> list[str]:
     """The rungs to climb."""
     if task is not None and not isinstance(task, Encodes):
         raise SpecError("a student reads texts: this task has none")
@@ -280,4 +320,5 @@ def _asked(rung: str, encoder: str | None, normalize: str, calibration: str, tas
             raise SpecError(f"{name} is {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if rung == "encoder" and encoder is None:
         raise SpecError("the rung encoder needs --encoder, a sentence encoder's folder")
-    return [name for name in RUNGS if name == rung or (rung == "auto" and (name != "encoder" or encoder))]
+    climbed = {"encoder": encoder is not None, "tuned": epochs is not None}
+    return [name for name in RUNGS if name == rung or (rung == "auto" and climbed.get(name, True))]

@@ -71,10 +71,10 @@ class Words:
 class LanguageModel:
     """Features of a causal language model, frozen."""
 
-    def __init__(self, model: nn.Module, task: CausalLM, *, token_budget: int = 4096) -> None:
+    def __init__(self, model: nn.Module, task: CausalLM, *, token_budget: int = 4096, kind: str = "lm") -> None:
         self.model, self.task, self.token_budget = model, task, token_budget
         self.facts: dict[str, Any] = {
-            "kind": "lm",
+            "kind": kind,
             "model": loading.fingerprint(model),
             "config": loading.config_facts(model),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -89,6 +89,11 @@ class LanguageModel:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
         """A row of several parts has the means over all of them; one without a target token has zeros."""
+        x, tokens = self.differentiable(rows)
+        return x.float().numpy(), tokens.numpy()
+
+    def differentiable(self, rows: Sequence[Content]) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
+        """The same as float64 tensors on the CPU, through which the model can be trained."""
         queue = [(i, part) for i, row in enumerate(rows) for part in self.task.parts(row)]
         sums: Tensor | None = None
         counts = torch.zeros(len(rows), 2, dtype=torch.float64)  # tokens, target tokens
@@ -105,7 +110,7 @@ class LanguageModel:
         tokens, targets = counts[:, :1].clamp(min=1), counts[:, 1:].clamp(min=1)
         means = [sums[:, :width] / tokens, sums[:, width : 3 * width] / targets, sums[:, -1:] / targets]
         lengths = [sums[:, -1:].clamp(min=0).log1p(), counts[:, :1].log1p(), counts[:, 1:].log1p()]
-        return torch.cat([*means, *lengths], dim=1).float().numpy(), counts[:, 1].numpy()
+        return torch.cat([*means, *lengths], dim=1), counts[:, 1]
 
     def _batch(self, parts: Sequence[Part]) -> Float[Tensor, "B F"]:
         """Sums over each part's positions: hidden states, those at targets, residuals, and the loss."""
@@ -129,7 +134,7 @@ class LanguageModel:
         head = cast(Any, self.model).get_output_embeddings().weight.float()  # [V, H]
         rows, places = before.nonzero(as_tuple=True)
         wanted = labels[rows, places + 1]
-        residual = logits.new_zeros(len(logits), head.shape[1], dtype=torch.float32)
+        residual = head.new_zeros(len(logits), head.shape[1])
         loss = residual.new_zeros(len(logits))
         step = max(1, PIECE // logits.shape[-1])
         for lo in range(0, len(rows), step):
@@ -137,9 +142,7 @@ class LanguageModel:
             picked = logits[rows[part], places[part]].float()  # [m, V]
             logp = picked.log_softmax(-1)
             loss.index_add_(0, rows[part], -logp.gather(1, wanted[part].unsqueeze(1)).squeeze(1))
-            p = logp.exp_()
-            p[torch.arange(len(p), device=p.device), wanted[part]] -= 1
-            residual.index_add_(0, rows[part], p @ head)
+            residual.index_add_(0, rows[part], logp.exp() @ head - head[wanted[part]])
         return residual, loss
 
 
@@ -180,11 +183,13 @@ class Encoder:
         return out.numpy(), np.array([float(len(tokens)) for tokens in ids])
 
 
-def load_lm(path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None) -> LanguageModel:
+def load_lm(
+    path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None, kind: str = "lm"
+) -> LanguageModel:
     """The small model at a path; rows longer than it reads are cut into parts."""
     model, tokenizer = loading.load(path, dtype="float32", device=device)
     longest = min(max_length, loading.context_length(model) or max_length)
-    return LanguageModel(model, CausalLM(tokenizer, max_length=longest), token_budget=token_budget)
+    return LanguageModel(model, CausalLM(tokenizer, max_length=longest), token_budget=token_budget, kind=kind)
 
 
 def load_encoder(path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None) -> Encoder:

@@ -7,10 +7,11 @@ fingerprint; its summary the fidelity on held-out labels and the date. The small
 handed out alone. Not here: fitting (distilling.py), scoring an offer (appraising.py).
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from influent.artifact import Artifact, ArtifactWriter
 from influent.digests import digest
 from influent.errors import CorruptError, MismatchError, SpecError
-from influent.features import Features, Words, load_encoder, load_lm
+from influent.features import Features, LanguageModel, Words, load_encoder, load_lm
 from influent.ridge import Calibration, Ridge
 from influent.storage import Store
 
@@ -130,8 +131,9 @@ def _features(
     where = model or (str(inside.parent) if inside is not None and inside.is_file() else notes.get("model"))
     if where is None:
         raise SpecError(f"{store}: does not say where its small model is; give --model")
-    load = load_lm if facts["kind"] == "lm" else load_encoder
-    features = load(where, max_length=facts["max_length"], token_budget=token_budget, device=device)
+    given: dict[str, Any] = {"max_length": facts["max_length"], "token_budget": token_budget, "device": device}
+    lm = facts["kind"] in ("lm", "tuned")
+    features = load_lm(where, kind=facts["kind"], **given) if lm else load_encoder(where, **given)
     if features.facts != facts:
         name = next(name for name in facts if features.facts.get(name) != facts[name])
         raise MismatchError(
@@ -180,6 +182,14 @@ def read_labels(store: Store, student: str) -> Labels | None:
     tensors = artifact.tensors(LABELS)
     hashes = [bytes(row).hex() for row in tensors["hash"].numpy()]
     return Labels(hashes, tensors["values"].numpy().copy(), tensors["held"].numpy().astype(bool))
+
+
+def save_model(features: LanguageModel, store: Store) -> list[str]:
+    """Put a small model that lies nowhere else into the student; the names of its files there."""
+    with tempfile.TemporaryDirectory(prefix="influent-") as folder:
+        cast(Any, features.model).save_pretrained(folder)
+        features.task.tokenizer.save_pretrained(folder)
+        return copy_model(folder, store)
 
 
 def copy_model(source: str, store: Store) -> list[str]:
