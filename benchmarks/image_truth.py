@@ -255,7 +255,12 @@ class Trainer:
             halved = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
             put(target, lambda file: file.write(save(halved)))
         else:
-            put(target, lambda file: np.savez(file, measured=found, seconds=seconds, machine=machine(self.device)))
+            put(
+                target,
+                lambda file: np.savez(
+                    file, measured=found.astype(np.float32), seconds=seconds, machine=machine(self.device)
+                ),
+            )
         right = (found[0] > 0).mean()
         print(f"half {j} seed {seed}: loss {found[1].mean():.3f}, right {right:.3f}, {seconds:.1f} s", flush=True)
 
