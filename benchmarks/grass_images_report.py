@@ -13,7 +13,8 @@ from typing import Any
 import environment
 import numpy as np
 from grass_images import COMPRESSORS, DAMPINGS, DEFAULT, SIZES
-from image_truth import SETTINGS, new_model
+from image_models import new_model
+from image_truth import SETTINGS
 
 from influent.metrics import bootstrap, spearman
 
