@@ -17,8 +17,7 @@ from influent.compress import LEARNED, SELECT, Compress, Stage
 from influent.errors import SpecError
 from influent.gradients import Flat, Grad, Outer, Side
 from influent.layers import Block
-from influent.maps import DENSE_LIMIT, SJLT, Basis, Dense, Identity, Map, Mask, draw, with_one
-from influent.products import wide
+from influent.maps import DENSE_LIMIT, SJLT, Basis, Identity, Map, Mask, draw, wide, with_one
 from influent.rng import Stream
 
 # Gathering k entries position by position beats forming the p-entry gradient by a matrix product from about here on:
@@ -210,14 +209,10 @@ def _through(maps: tuple[Map, ...], x: Side, bias: bool) -> Side:
     first, rest = maps[0], maps[1:]
     if not x.is_floating_point():
         x = first.onehot(x)
-    else:
-        x = _narrow(first, x)
+    elif isinstance(first, Mask):  # a mask only copies: it keeps a 16-bit side in 16 bits until the join
         x = first.affine(x) if bias else first.raw(x)
+    else:
+        x = first.affine(wide(x)) if bias else first.raw(wide(x))
     for m in rest:
-        x = m.raw(_narrow(m, x))
+        x = m.raw(x if isinstance(m, Mask) else wide(x))
     return x
-
-
-def _narrow(m: Map, x: Tensor) -> Tensor:
-    """A 16-bit side stays one where the map only copies (and the join adds up in float32), or widens by itself."""
-    return x if isinstance(m, Mask | Identity | Dense | Basis) else wide(x)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
+from .maps import wide
 from .packing import unpack
-from .products import batched, wide
 
 Side = Float[Tensor, "B T _"] | Int[Tensor, "B T"]  # the features' axis is free: it changes under a map
 
@@ -28,7 +28,8 @@ class Outer:
     def flat(self) -> Float[Tensor, "B K"]:
         """The materialised gradient, K = in_width * out_width, input-major."""
         a, d = _dense(self.a, self.in_width), _dense(self.d, self.out_width)
-        return batched(a.transpose(1, 2), d).flatten(1)
+        a = wide(a)  # sums are float32 or wider, whatever the sides are
+        return torch.bmm(a.transpose(1, 2), d.to(a.dtype)).flatten(1)
 
     def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
         """Inner products with flat query vectors."""

@@ -10,7 +10,7 @@ from rng.py, on the CPU. Not here: which map goes where (bind.py), the grammar (
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from influent.errors import SpecError
 from influent.hashing import Hash, draw_hash
-from influent.products import Fixed, wide
 from influent.rng import Stream
 
 # A dense matrix larger than this is drawn again block by block at each use, instead of being kept.
@@ -79,6 +78,11 @@ def draw(kind: str, p: int, k: int, *, stream: Stream, nonzeros: int = 1, law: s
             sign_stream = Stream(stream.seed, stream.block, "fjlt-signs", stream.side)
             return FJLT(p, rows, torch.from_numpy(sign_stream.signs(p)).float())
     raise SpecError(f"map kind {kind!r} is not known")
+
+
+def wide(x: Tensor) -> Tensor:
+    """Never narrower than float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -165,18 +169,13 @@ class Dense(_Linear):
     stream: Stream
     matrix: Float[Tensor, "p k"] | None  # None: too large to keep, drawn again by blocks of rows
 
-    @cached_property
-    def _fixed(self) -> Fixed | None:
-        return None if self.matrix is None else Fixed(self.matrix)
-
     @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.k)
 
     def raw(self, x: Tensor) -> Tensor:
-        if self._fixed is not None:
-            return self._fixed(x)
-        x = wide(x)
+        if self.matrix is not None:
+            return x @ self.matrix.to(x.dtype)
         out = x.new_zeros(*x.shape[:-1], self.k)
         step = max(1, DENSE_LIMIT // self.k)
         for at in range(0, self.p, step):
@@ -192,9 +191,10 @@ class Dense(_Linear):
         return rows.to(ids.device)[where].view(*ids.shape, self.k)
 
     def affine(self, x: Tensor) -> Tensor:
-        if self._fixed is None:
+        if self.matrix is None:
             return self.raw(with_one(x))
-        return self._fixed(x, slice(-1)) + self._fixed.matrix[-1]
+        matrix = self.matrix.to(x.dtype)
+        return x @ matrix[:-1] + matrix[-1]
 
     def to(self, device: torch.device) -> "Dense":
         matrix = None if self.matrix is None else self.matrix.to(device)
@@ -345,18 +345,15 @@ class Basis(_Linear):
     k: int
     matrix: Float[Tensor, "p k"]
 
-    @cached_property
-    def _fixed(self) -> Fixed:
-        return Fixed(self.matrix)
-
     def raw(self, x: Tensor) -> Tensor:
-        return self._fixed(x)
+        return x @ self.matrix.to(x.dtype)
 
     def onehot(self, ids: Tensor) -> Tensor:
         return self.matrix[ids.long()].float()
 
     def affine(self, x: Tensor) -> Tensor:
-        return self._fixed(x, slice(-1)) + self.matrix[-1]
+        matrix = self.matrix.to(x.dtype)
+        return x @ matrix[:-1] + matrix[-1]
 
     def to(self, device: torch.device) -> "Basis":
         return Basis(self.p, self.k, self.matrix.to(device))

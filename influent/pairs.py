@@ -17,8 +17,7 @@ from influent.bind import Bound
 from influent.errors import LayerError
 from influent.gradients import Flat, Side
 from influent.layers import Block, Site
-from influent.maps import with_one
-from influent.products import wide
+from influent.maps import wide, with_one
 
 
 @runtime_checkable

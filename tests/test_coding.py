@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influent.codec import Codec
-from influent.coding import decode, encode
+from influent.coding import decode, encode, encode_blocks
 from influent.errors import NumericsError
 from influent.gradients import Flat, LowRank, Packed
 from influent.packing import pack, unpack
@@ -219,3 +219,24 @@ def test_any_numbers_come_back_finite_and_no_longer_than_they_were(text, a, b, n
     coded, row = round_trip(text, x, (a, b))
     assert bool(row.flat().isfinite().all()) or "float16" in text  # whose range the writer checks
     assert bool(((coded.captured >= 0) & (coded.captured <= 1)).all())
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_blocks_of_one_shape_are_coded_together_as_alone(text):
+    codec, blocks = Codec.parse(text), {name: rows(6, 63, seed=seed) for seed, name in enumerate("abc")}
+    together = encode_blocks(codec, blocks, FACTORS)
+    for (key, each), block in zip(blocks.items(), together, strict=True):
+        alone = encode(codec, each, FACTORS, key=key)
+        assert alone.tensors.keys() == block.tensors.keys()
+        assert torch.allclose(block.captured, alone.captured, atol=1e-5)
+        found, expected = (
+            decode(codec, coded.tensors, key, 63, FACTORS).flat().float() for coded in (block, alone)
+        )  # fmt: skip
+        assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_an_error_in_blocks_coded_together_names_the_block_and_its_row():
+    blocks = {name: rows(4, 63, seed=seed) for seed, name in enumerate("ab")}
+    blocks["b"][2, 5] = torch.inf
+    with pytest.raises(NumericsError, match="block 'b', row 2"):
+        encode_blocks(Codec.parse("rank:1:int4"), blocks, FACTORS)

@@ -12,8 +12,7 @@ import influent
 # A module may import from its own level and from those below it.
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
-    ["packing", "products",
-     "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
+    ["packing", "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
      "gradients", "hashing",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",

@@ -87,3 +87,17 @@ def test_the_size_of_the_numbers_does_not_matter(scale):
 def test_no_matrices_are_no_pairs():
     cut = truncate(torch.empty(0, 64, 64), 8)
     assert cut.sigma.shape == (0, 8) and cut.pairs.u.shape == (0, 8, 64) and cut.captured.shape == (0,)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_an_accelerators_way_to_orthonormal_columns_cuts_alike(rank, monkeypatch):
+    x = torch.randn(40, 64, 48, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 49) ** -0.8
+    x[3], x[4] = 0, torch.outer(torch.ones(64), torch.ones(48))  # matrices of rank 0 and 1
+    usual = truncate(x, rank)
+    monkeypatch.setattr(truncate_module, "_orthonormal", truncate_module._whitened)
+    other = truncate(x, rank)
+    torch.testing.assert_close(other.captured, usual.captured, rtol=0, atol=1e-4)
+    torch.testing.assert_close(other.sigma, usual.sigma, rtol=1e-3, atol=1e-3 * float(usual.sigma.max()))
+    assert not other.sigma[3].any() and not other.pairs.u[3].any() and other.sigma[4, 1:].max() < 1e-3
+    gram = other.pairs.v @ other.pairs.v.transpose(1, 2)
+    torch.testing.assert_close(gram[5:], torch.eye(rank).expand(35, -1, -1), rtol=0, atol=1e-4)

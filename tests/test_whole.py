@@ -11,7 +11,7 @@ from influent.collect import Collector
 from influent.compress import Compress
 from influent.errors import SpecError
 from influent.extract import frozen
-from influent.gradients import Flat
+from influent.gradients import Flat, Outer
 from influent.layers import plan
 from influent.task import Classification
 
@@ -125,3 +125,13 @@ def test_a_mask_that_was_learned_block_by_block_keeps_its_entries(case):
         first + j for first, block in zip(firsts, tracked.blocks, strict=False) for j in range(0, block.width, 3)
     ]
     assert bound.flat[0].kept.tolist() == expected
+
+
+def test_sides_of_16_bits_are_added_up_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    a, d = (torch.randn(2, 300, width, generator=rng).bfloat16() for width in (9, 7))
+    exact = torch.einsum("bti,bto->bio", a.double(), d.double()).flatten(1)
+    outer, places = Outer(a, d, 9, 7), torch.arange(63)
+    for found in (outer.flat(), outer.at(places // 7, places % 7)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
