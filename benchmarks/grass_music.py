@@ -1,17 +1,17 @@
-"""GraSS's experiment on music: TRAK with five checkpoints under each compressor, judged by 50 random halves.
+"""GraSS's experiment on music: TRAK with three checkpoints under each compressor, judged by 50 random halves.
 
-Needs what music.py leaves in DIR. Each compressor and size is one ensemble of five indexes with one row for all linear
-layers; masks are learned once, on the first checkpoint's margins. A dense Gaussian is left out, as there: its matrix
-would have 14 billion entries. The damping is chosen for each of them on a tenth of the queries and reported on the
-others, beside the default of relative:0.1.
+Needs what music.py leaves in DIR. Each compressor and size is one ensemble of three indexes with one row for all linear
+layers, of 332,000 entries; so k is half of what it is there, for a fortieth of the gradient. Masks are learned
+once, on the first checkpoint's margins. A dense Gaussian is left out, as there. The damping is chosen for each setting
+on a tenth of the queries and reported on the others, beside the default of relative:0.1.
 
     python benchmarks/grass_music.py --work DIR --masks     # --device cuda; --part 0/4 does a quarter
     python benchmarks/grass_music.py --work DIR             # interrupted, it resumes; --only SM,RM --sizes 2048
     python benchmarks/grass_music.py --work DIR --seconds   # of compression, on one CPU thread or with --device cuda
     python benchmarks/grass_music.py --work DIR --report
 
-About four hours of one core, or ten minutes of four with an H100. The report is results/grass_music.json and
-docs/grass_music.png, of what is finished.
+About a quarter of an hour of one core. The report is results/grass_music.json and docs/grass_music.png, of what is
+finished.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 import environment
 import numpy as np
 import torch
-from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, SIZES, Unit
+from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
 from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
 from predictions import Claim, Judged, ceiling, judge, keep, orderings, ranks
@@ -38,9 +38,10 @@ from influent.attach import Run, Setting, attach
 from influent.gradients import Flat
 from influent.storage import Store
 
+SIZES = (1024, 2048, 4096)
 KINDS = tuple(kind for kind in COMPRESSORS if kind != "GAUSS")
 BUDGET = 6144  # positions a batch; formed gradients are held a few at a time
-FORMED, BATCH, REPEATS = 64, 16, 5  # gradients whose compression is timed, and how many at a time
+FORMED, BATCH, REPEATS = 128, 16, 5  # gradients whose compression is timed, and how many at a time
 EXAMPLES = 5000  # that GraSS's table counts
 COLUMNS = {"cpu": "compress_s", "cuda": "compress_gpu_s"}
 

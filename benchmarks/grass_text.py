@@ -1,19 +1,19 @@
 """Experiment (d) of GraSS: factorised compressors and their rivals on a GPT-2-style model and real text, by LDS.
 
-In place of GPT-2 small on WikiText (4,656 blocks of 512, 481 queries): the GPT-2 of .86 M parameters of ground_truth.py
-(`text`), 1,500 passages of 64 tokens of State of the Union speeches, 160 queries, 50 random halves, three seeds each;
-block-diagonal Fisher matrix of its 12 linear layers, whose widths of 128 to 512 leave k_l = 4,096 little to compress.
+In place of GPT-2 small on WikiText (4,656 blocks of 512, 481 queries): the GPT-2 of .6 M parameters of ground_truth.py,
+1,000 passages of 64 tokens of State of the Union speeches, 64 queries, 50 random halves; block-diagonal Fisher matrix
+of its 12 linear layers, whose widths of 96 to 384 leave k_l = 4,096 little to compress.
 Everything goes through the package's own verbs. Damping: the best of a relative grid on a tenth of the queries, LDS
 reported on the others, beside the method's default. TracIn: checkpoints after each of three epochs. Compression
-seconds, as in Table 1 there: 4,656 examples of 512 positions at the layer shapes of GPT-2 small, of one CPU thread and
-of a GPU.
+seconds, as in Table 1 there: 4,656 examples of 512 positions at the layer shapes of GPT-2 small, of one CPU thread
+(or of a GPU).
 
-    python benchmarks/ground_truth.py --work DIR --model text      # an hour of one core
+    python benchmarks/ground_truth.py --work DIR --model gpt2 --subsets 50
     python benchmarks/grass_text.py --work DIR                     # --device cuda; --part 0/3; interrupted, it resumes
     python benchmarks/grass_text.py --work DIR --seconds           # with --device cuda of the GPU
     python benchmarks/grass_text.py --work DIR --report            # results/grass_text.json and docs/grass_text.png
 
-The second line takes about an hour of one core.
+The second line takes about half an hour of one core.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from influent.compress import Compress
 from influent.gradients import Outer
 from influent.layers import Block
 
-MODEL = "text"
+MODEL, NUM_SUBSETS = "gpt2", 50
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SIDES = (16, 32, 64)  # k_l = 256, 1,024, 4,096
 SHAPES = ((769, 2304), (769, 768), (769, 3072), (3073, 768))  # a block of GPT-2 small, biases as ones columns
@@ -85,7 +85,7 @@ def entries(work: Path) -> Iterator[Entry]:
         }
         for name, text in texts.items():
             yield Entry(name, k, {"compress": text})
-    whole: dict[str, Any] = {"compress": "id", "rows": "bfloat16"}
+    whole: dict[str, Any] = {"compress": "id"}
     yield Entry("EK-FAC", None, whole, "ekfac")
     yield Entry("K-FAC", None, whole, "kfac")
     yield Entry("DataInf", None, whole, "datainf")
@@ -94,7 +94,7 @@ def entries(work: Path) -> Iterator[Entry]:
     for size in (3, 11, 43):
         yield Entry(f"LoRIF {size} KiB", None, {"method": "lorif", "row_bytes": 1024 * size}, "fim")
     yield Entry("EK-FAC, LoGRA rows", 4096, {"compress": "gauss:64x64"}, "ekfac")
-    yield Entry("TracIn", None, {"compress": "id", "rows": "bfloat16", "method": "tracin"}, "identity", ())
+    yield Entry("TracIn", None, {"compress": "id", "method": "tracin"}, "identity", ())
 
 
 def units(work: Path) -> list[list[Entry]]:
@@ -153,7 +153,7 @@ def measure(work: Path, entries: list[Entry], device: str) -> None:
     facts: dict[str, Any] = {"index cpu seconds": round(time.process_time() - began, 1), "device": device}
     if len(models) == 1:
         facts["bytes"] = influent.info(str(place))["bytes_per_row"]
-    used = ground_truth.subsets(ground_truth.SETTINGS[MODEL].subsets, ground_truth.SETTINGS[MODEL].rows)
+    used = ground_truth.subsets(NUM_SUBSETS)
     for entry in todo:
         found, path = {}, place.with_suffix(".npy")
         for damping in (*entry.grid, None):
@@ -186,7 +186,7 @@ def references(work: Path) -> None:
         for row, score in found:
             words[place, row] = score
     chance = np.random.default_rng(0).standard_normal(words.shape)
-    used = ground_truth.subsets(ground_truth.SETTINGS[MODEL].subsets, len(train))
+    used = ground_truth.subsets(NUM_SUBSETS)
     for name, scores in (("BM25", words), ("random", chance)):
         keep(work / "table" / f"{name}.npz", {DEFAULT: ranks(scores, used)}, {"name": name, "k": None})
 

@@ -1,19 +1,17 @@
 """What retraining does to small language models: the ground truth for the linear datamodelling score (LDS).
 
-Data sets of 1,000 rows of at most 64 tokens (`text`, for grass_text.py: 1,500), the passages of a few documents; a
-query is a passage of such a document that is kept out of the training rows. A model starts from a base that has read
-the rest of the corpus, and is fine-tuned on all rows, and once for each random half of the rows and each seed of the
-order of the batches. The losses of the queries after each such training are what scores are to predict. In the Llama
-and the Qwen2 all parameters change; in the GPT-2s those of the linear layers, which are the ones that attribution
-tracks by default.
+Data sets of 1,000 rows of at most 64 tokens, the passages of a few documents; a query is a passage of such a
+document that is kept out of the training rows. A model starts from a base that has read the rest of the corpus, and
+is fine-tuned on all rows, and once for each random half of the rows and each seed of the order of the batches. The
+losses of the queries after each such training are what scores are to predict. In the Llama and the Qwen2 all parameters
+change; in the GPT-2 those of the linear layers, which are the ones that attribution tracks by default.
 
-    python benchmarks/ground_truth.py --work DIR --model llama     # gpt2, qwen, text; interrupted, it resumes
-    python benchmarks/ground_truth.py --work DIR --model text --device cuda --together 50 --part 0/3
+    python benchmarks/ground_truth.py --work DIR --model llama     # gpt2, qwen; interrupted, it resumes
 
 DIR/llama gets tokenizer and final model (`model`), `train.jsonl`, `queries.jsonl`, and `truth.npz`: `losses`
 [subsets, seeds, queries] and `rows` [subsets, N] of booleans, of the seeds that have all subsets. About 45 minutes of
-one core a model (`text`: an hour), or a minute of an H100. A device, and what is trained side by side, change results
-by no more than rounding.
+one core a model. `--device`, `--part` (several processes) and `--together` (trainings side by side) change results by
+no more than rounding.
 """
 
 import argparse
@@ -34,7 +32,7 @@ from torch.nn import functional
 from influent import fetch
 from influent.layers import plan
 
-LENGTH, VOCABULARY = 64, 2048
+LENGTH, VOCABULARY, NUM_ROWS, NUM_QUERIES, NUM_SUBSETS, NUM_SEEDS = 64, 2048, 1000, 64, 32, 2
 BATCH, BASE_ROWS, BASE_BATCH, BASE_RATE = 16, 16_000, 32, 3e-3
 
 
@@ -47,23 +45,13 @@ class Setting:
     epochs: int
     rate: float
     linear: bool  # only the weights of the blocks' linear layers change
-    asked: int = 1  # passages of one document that become queries
-    rows: int = 1000
-    queries: int = 64
-    width: int = 96
-    subsets: int = 32
-    seeds: int = 2
 
 
 SETTINGS = {
     "llama": Setting(corpus="bbc", passages=12, epochs=3, rate=2e-3, linear=False),
     "gpt2": Setting(corpus="sotu", passages=12, epochs=3, rate=2e-3, linear=True),
     "qwen": Setting(corpus="brown", passages=12, epochs=3, rate=2e-3, linear=False),
-    "text": Setting(
-        corpus="sotu", passages=16, epochs=3, rate=2e-3, linear=True, asked=2, rows=1500, queries=160, width=128,
-        subsets=50, seeds=3,
-    ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +104,21 @@ def divide(setting: Setting, tokenizer: Any) -> Corpus:
     """Documents until there are enough rows; from each of the first ones a middle passage becomes a query."""
     base, train, queries = [], [], []
     for document in documents(setting.corpus):
-        if len(train) >= setting.rows and len(base) >= BASE_ROWS:
+        if len(train) >= NUM_ROWS and len(base) >= BASE_ROWS:
             break
         pieces = list(passages(document, tokenizer))
-        if len(pieces) < 5 or len(train) >= setting.rows:
+        if len(pieces) < 5 or len(train) >= NUM_ROWS:
             base += pieces
             continue
         pieces = pieces[: setting.passages]
-        for _ in range(setting.asked):
-            if len(queries) < setting.queries:
-                queries.append(pieces.pop(len(pieces) // 2))
+        if len(queries) < NUM_QUERIES:
+            queries.append(pieces.pop(len(pieces) // 2))
         train += pieces
-    return Corpus(base[:BASE_ROWS], train[: setting.rows], queries)
+    return Corpus(base[:BASE_ROWS], train[:NUM_ROWS], queries)
 
 
 def new_model(name: str) -> nn.Module:
-    """About 332,000 parameters in linear layers, either way; 590,000 at the width of `text`."""
+    """About 332,000 parameters in linear layers, either way."""
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -151,8 +138,8 @@ def new_model(name: str) -> nn.Module:
         )  # fmt: skip
         return made._from_config(config, attn_implementation="eager")
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=SETTINGS[name].width, n_layer=3, n_head=4, n_positions=LENGTH, resid_pdrop=0,
-        embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None,
+        vocab_size=VOCABULARY, n_embd=96, n_layer=3, n_head=4, n_positions=LENGTH, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return GPT2LMHeadModel._from_config(config, attn_implementation="eager")
 
@@ -185,10 +172,10 @@ def evaluate(model: nn.Module, ids: Tensor) -> np.ndarray:
     return torch.cat([losses(model, part) for part in ids.split(64)]).cpu().numpy()
 
 
-def subsets(num_subsets: int, num_rows: int) -> np.ndarray:
-    """Random halves of the rows, [num_subsets, num_rows] of booleans; more subsets begin with the same ones."""
+def subsets(num_subsets: int) -> np.ndarray:
+    """Random halves of the rows, [num_subsets, NUM_ROWS] of booleans; more subsets begin with the same ones."""
     rng = np.random.default_rng(1)
-    return np.stack([rng.permutation(num_rows) < num_rows // 2 for _ in range(num_subsets)])
+    return np.stack([rng.permutation(NUM_ROWS) < NUM_ROWS // 2 for _ in range(num_subsets)])
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -269,8 +256,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", choices=SETTINGS, required=True)
-    parser.add_argument("--subsets", type=int)
-    parser.add_argument("--seeds", type=int, help="0: only the base and the model of all rows")
+    parser.add_argument("--subsets", type=int, default=NUM_SUBSETS)
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="0: only the base and the model of all rows")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--device", default="cpu")
@@ -279,7 +266,6 @@ def main() -> None:
     given = parser.parse_args()
     setting, work = SETTINGS[given.model], given.work / given.model
     epochs, rate = given.epochs or setting.epochs, given.rate or setting.rate
-    num_subsets, num_seeds = given.subsets or setting.subsets, setting.seeds if given.seeds is None else given.seeds
     torch.set_num_threads(1)
     rows, asked, _, model = prepare(given.model, work, given.device)
     start = {key: value.clone() for key, value in model.state_dict().items()}
@@ -295,11 +281,11 @@ def main() -> None:
         found = retrained([rows], [0])[0]
         model.save_pretrained(work / "model")  # pyright: ignore[reportCallIssue]
         print(f"all rows: rows {evaluate(model, rows).mean():.3f}, queries {found.mean():.3f}", flush=True)
-    used = subsets(num_subsets, setting.rows)
+    used = subsets(given.subsets)
     (work / "trainings").mkdir(exist_ok=True)
-    groups = [range(lo, min(lo + given.together, num_subsets)) for lo in range(0, num_subsets, given.together)]
+    groups = [range(lo, min(lo + given.together, given.subsets)) for lo in range(0, given.subsets, given.together)]
     # Seed by seed, so that what is there after an interruption covers all subsets.
-    for seed, group in together.share([(s, group) for s in range(num_seeds) for group in groups], given.part):
+    for seed, group in together.share([(s, group) for s in range(given.seeds) for group in groups], given.part):
         todo, began = [j for j in group if not outcome(work, j, seed).exists()], time.time()
         if todo:
             found = retrained([rows[torch.from_numpy(used[j]).to(rows.device)] for j in todo], [1 + seed] * len(todo))

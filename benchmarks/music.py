@@ -1,14 +1,15 @@
 """A small transformer on real tunes, and what retraining it on halves of them does: experiment (c) of GraSS.
 
-In place of a music transformer on MAESTRO (13.3 M parameters, 5,000 pieces, 178 queries): 2,500 tunes of the music21
-corpus, cut to 96 symbols, a Llama of 1.8 M parameters trained on them from nothing (rotary positions stand for relative
-attention), 500 other tunes as queries. What is predicted is the margin of a tune's last symbol, as there.
+In place of a music transformer on MAESTRO (13.3 M parameters, 5,000 pieces, 178 queries): 1,000 tunes of the music21
+corpus, cut to 48 symbols, a Llama of .33 M parameters in linear layers trained on them from nothing (rotary positions
+stand for relative attention), 200 other tunes as queries. What is predicted is the margin of a tune's last symbol, as
+there.
 
-    python benchmarks/music.py --work DIR     # --device cuda --together 50; interrupted, it resumes
+    python benchmarks/music.py --work DIR     # --device cuda; --part 0/3 does a third; interrupted, it resumes
 
-A seed of 50 halves takes some four hours of one core, three seeds about two minutes of an H100. `--part 0/3` does a
-third of the work. DIR gets `train.jsonl`, `queries.jsonl`, `model/0..4` (checkpoints of random halves, as TRAK wants
-them) and `truth.npz`: `rows` [50, N], `margins` and `losses` [50, seeds, Q] of the seeds that are finished.
+A seed of 50 halves takes about a quarter of an hour of one core. DIR gets `train.jsonl`, `queries.jsonl`, `model/0..2`
+(checkpoints of random halves, as TRAK wants them) and `truth.npz`: `rows` [50, N], `margins` and `losses`
+[50, seeds, Q] of the seeds that are finished.
 """
 
 import argparse
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LENGTH, NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, NUM_SEEDS, NUM_CHECKPOINTS = 96, 2500, 500, 50, 3, 5
-EPOCHS, RATE, BATCH, RARE = 10, 1e-3, 32, 8
+LENGTH, NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, NUM_SEEDS, NUM_CHECKPOINTS = 48, 1000, 200, 50, 1, 3
+EPOCHS, RATE, BATCH, RARE = 8, 2e-3, 16, 8
 UNKNOWN = "<rare>"
 
 
@@ -65,13 +66,13 @@ def make_tokenizer(counts: Counter[str]) -> Any:
 
 
 def new_model(size: int, seed: int) -> nn.Module:
-    """For `size` symbols; 1.77 million parameters in linear layers."""
+    """For `size` symbols; 332,000 parameters in linear layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        vocab_size=size, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="eager")
