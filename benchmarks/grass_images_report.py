@@ -12,7 +12,7 @@ from typing import Any
 
 import environment
 import numpy as np
-from grass_images import COMPRESSORS, DAMPINGS, DEFAULT, SIZES
+from grass_images import COMPRESSORS, DEFAULT, SIZES, TRIED
 from image_models import new_model
 from image_truth import SETTINGS
 
@@ -50,12 +50,12 @@ def results(work: Path, margins: np.ndarray) -> list[dict[str, Any]]:
     found, tune = [], tuning(margins.shape[2])
     for (kind, k), by_seed in scored(work, margins).items():
         each = np.mean(list(by_seed.values()), 0)
-        best, default = int(each[0][:, tune].mean(1).argmax()), DAMPINGS.index(DEFAULT)
+        best, default = int(each[0][:, tune].mean(1).argmax()), TRIED.index(DEFAULT)
         found.append(
             {
-                "compressor": kind, "k": k, "damping": DAMPINGS[best],
+                "compressor": kind, "k": k, "damping": TRIED[best],
                 "lds": judged(each[0][best, ~tune]), "default": judged(each[0][default, ~tune]),
-                "grid": dict(zip(DAMPINGS, each[0][:, ~tune].mean(1).round(4).tolist(), strict=True)),
+                "grid": dict(zip(TRIED, each[0][:, ~tune].mean(1).round(4).tolist(), strict=True)),
                 "by map seed": {
                     str(seed): round(float(one[0][best, ~tune].mean()), 4) for seed, one in by_seed.items()
                 },

@@ -20,7 +20,7 @@ def convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, 
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def resnet9(width: int = 32, classes: int = 2) -> nn.Sequential:
+def resnet9(width: int = 16, classes: int = 2) -> nn.Sequential:
     """The ResNet9 of TRAK's experiments, whose width is 64."""
     two, four = 2 * width, 4 * width
     return nn.Sequential(

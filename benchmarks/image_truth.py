@@ -1,20 +1,21 @@
 """What retraining does to two image classifiers: the ground truth for GraSS's two experiments on images.
 
 `mlp`: 784-128-64-10, ReLU, dropout .1, on Fashion-MNIST's first 5,000 training and 500 test images, in place of MNIST;
-50 epochs. `resnet`: TRAK's ResNet9 at half its width, 569,056 parameters, on two of its classes, Pullover and Coat, in
-place of CIFAR's cats and dogs, averaged to 14 x 14 pixels; 10 epochs. A training takes about 5 and 35 seconds of one
-core. Both SGD .01, momentum .9, batches of 64, as in GraSS. The ResNet keeps the published batch norms, with which it
-trains in 10 epochs; attribution sees them in evaluation mode, as constants.
-A model is trained on each of 50 random halves of the rows (for the linear datamodelling score), with three seeds, and
-on each of 10 more (the checkpoints of TRAK, kept in half precision). What is measured of each test image after each
-training is its margin, log p / (1 - p) of its own class, and its loss.
+50 epochs, 10 checkpoints. `resnet`: TRAK's ResNet9 at a quarter of its width, 142,704 parameters, on two of its
+classes, Pullover and Coat, in place of CIFAR's cats and dogs, averaged to 14 x 14 pixels: 2,000 training and 500 test
+images, 20 epochs, 3 checkpoints, which is what an hour of one core allows. A training takes about 5 to 10 seconds. Both
+SGD .01, momentum .9, batches of 64, as in GraSS. The ResNet keeps the published batch norms; attribution sees them in
+evaluation mode, as constants.
+A model is trained on each of 50 random halves of the rows (for the linear datamodelling score) and on each of some more
+(the checkpoints of TRAK, kept in half precision). What is measured of each test image after each training is its
+margin, log p / (1 - p) of its own class, and its loss.
 
     python benchmarks/image_truth.py --work DIR --model mlp     # resnet; interrupted, it resumes
     python benchmarks/image_truth.py --work DIR --model mlp --device cuda --part 0/2 &   # and 1/2, beside it
 
 DIR/mlp gets `checkpoints/C.safetensors`, `trainings/HALF-SEED.npz` and, once all are there, `truth.npz`: `margins` and
-`losses` [subsets, seeds, queries], `rows` [subsets, N] and `checkpoint_rows` [10, N] of booleans, `seconds` [subsets,
-seeds] and the `machines` that took them: CPU time of one core, or wall time on a GPU that others used as well.
+`losses` [subsets, seeds, queries], `rows` [subsets, N] and `checkpoint_rows` of booleans, `seconds` [subsets, seeds]
+and the `machines` that took them: CPU time of one core, or wall time on a GPU that others used as well.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from torch.nn import functional
 
 from influent import fetch
 
-NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, NUM_CHECKPOINTS = 5_000, 500, 50, 10
+NUM_QUERIES, NUM_SUBSETS = 500, 50
 BATCH, RATE, MOMENTUM = 64, 0.01, 0.9
 MEAN, SCALE = 0.2860, 0.3530  # of Fashion-MNIST's training pixels
 FASHION_MNIST = fetch.Package(
@@ -52,15 +53,17 @@ FASHION_MNIST = fetch.Package(
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One ground truth: the classes that are kept (all if none are named), how many pixels are averaged to one along
-    each axis, and how long a model is trained."""
+    each axis, how many rows there are, and how long a model is trained."""
 
     classes: tuple[int, ...]
     pooled: int
+    rows: int
     epochs: int
+    checkpoints: int
     seeds: int  # trainings a half, which differ in initial weights, order of batches and dropout
 
 
-SETTINGS = {"mlp": Setting((), 1, 50, 3), "resnet": Setting((2, 4), 2, 10, 3)}
+SETTINGS = {"mlp": Setting((), 1, 5_000, 50, 10, 3), "resnet": Setting((2, 4), 2, 2_000, 20, 3, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def fashion_mnist() -> dict[str, np.ndarray]:
 def images(setting: Setting) -> Images:
     """The first rows and queries of the classes; labels count from 0."""
     held, parts = fashion_mnist(), []
-    for name, n in (("train", NUM_TRAIN), ("t10k", NUM_QUERIES)):
+    for name, n in (("train", setting.rows), ("t10k", NUM_QUERIES)):
         labels = torch.from_numpy(held[f"{name}-labels"]).long()
         kept = torch.tensor(setting.classes or range(10))
         chosen = torch.isin(labels, kept).nonzero().flatten()[:n]
@@ -127,10 +130,10 @@ def measure(model: nn.Module, queries: tuple[Tensor, Tensor]) -> np.ndarray:
     return torch.stack([-losses - torch.log(-torch.expm1(-losses)), losses]).cpu().numpy()
 
 
-def halves(count: int) -> np.ndarray:
-    """Random halves of the rows, [count, NUM_TRAIN] of booleans; more of them begin with the same ones."""
+def halves(setting: Setting, count: int = NUM_SUBSETS) -> np.ndarray:
+    """Random halves of the rows, [count, rows] of booleans; more of them begin with the same ones."""
     rng = np.random.default_rng(1)
-    return np.stack([rng.permutation(NUM_TRAIN) < NUM_TRAIN // 2 for _ in range(count)])
+    return np.stack([rng.permutation(setting.rows) < setting.rows // 2 for _ in range(count)])
 
 
 def part_of(data: tuple[Tensor, Tensor], rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -259,9 +262,10 @@ def main() -> None:
         (work / folder).mkdir(parents=True, exist_ok=True)
     data = images(setting)
     pairs = [tuple(tensor.to(given.device) for tensor in pair) for pair in (data.train, data.queries)]
-    trainer = Trainer(given.model, work, given.device, Images(*pairs), halves(NUM_SUBSETS + NUM_CHECKPOINTS))
+    used = halves(setting, NUM_SUBSETS + setting.checkpoints)
+    trainer = Trainer(given.model, work, given.device, Images(*pairs), used)
     seeds = given.seeds or setting.seeds
-    todo = [(NUM_SUBSETS + c, 0) for c in range(NUM_CHECKPOINTS)]
+    todo = [(NUM_SUBSETS + c, 0) for c in range(setting.checkpoints)]
     if not given.checkpoints:  # seed by seed, so that what is there after an interruption covers all halves
         todo += [(j, seed) for seed in range(seeds) for j in range(NUM_SUBSETS)]
     i, n = given.part
