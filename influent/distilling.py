@@ -9,6 +9,7 @@ fails. What is public of ALinFiK (Pan et al., NAACL 2025) is an abstract; this i
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
@@ -16,19 +17,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from influent import metrics, providers, score, tuning, untrained
+from influent import metrics, providers, score, stages, tuning, untrained
 from influent import student as students
 from influent import target as targets
 from influent.attach import Run
 from influent.catalog import Catalog
+from influent.digests import digest
 from influent.errors import DataError, SpecError
 from influent.features import Features, LanguageModel, Words, load_encoder, load_lm
 from influent.lexical import Bm25, TfIdf
 from influent.loading import noted_path
 from influent.payments import MIN_FIDELITY, MIN_LABELS
 from influent.progress import Progress
+from influent.querying import model_of
+from influent.recompute import Recomputed, reattached
+from influent.records import content_hash, display_text
 from influent.reduce import Pick
 from influent.ridge import CALIBRATIONS, fit
 from influent.rng import Stream
@@ -44,7 +49,8 @@ MAKING = "making"  # what is kept while a student is made, and gone once it is
 LEAST = 20  # labels of each provider, as far as it has rows
 HELD = 0.2
 BEST = 0.05  # recall is of the best 5 %
-BATCH = 256  # rows whose features are made together
+BATCH = 256  # rows whose features are made, and kept, together
+LIVE = 256  # rows that are labelled together where none are stored
 
 
 def distill(
@@ -94,33 +100,33 @@ def distill(
     opened, wanted = Index.open(index), targets.read(target, task)
     groups = providers.groups_of(opened.catalog.fields("provider", "source"), by)
     chosen, held = split(groups.labels, labels, seed=seed)
-    queries = targets.gradients(
-        opened, wanted, model=model, task=task, run=Run(token_budget=token_budget, device=device), progress=progress
-    )
-    scores = score.score(
-        opened, queries, {"each": Pick(torch.from_numpy(chosen))}, normalize=normalize, progress=progress
-    )
-    values = scores["each"].double().numpy().T  # [n, Q]
     if held.sum() < 3 or (~held).sum() < 3:
         raise DataError(f"{index}: {len(chosen)} rows are too few to fit a student and to measure it: index more")
+    run, making = Run(token_budget=token_budget, device=device), store.child(MAKING)
+    values = _labels(opened, wanted, chosen, normalize, model, task, run, making, progress)
     rows = _contents(opened.catalog, chosen)
     made: dict[str, _Rung] = {}
     for name in asked:
         features = _features(name, student, encoder, rows, wanted, held, token_budget, device)
         if name == "tuned":
             assert isinstance(features, LanguageModel)
-            making = store.child(MAKING)
             made[name] = _tuned(features, rows, values.mean(axis=1), held, calibration, recipe, making, progress)
         else:
-            made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, progress)
+            made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, making, progress)
     kept = max(made, key=lambda name: made[name].left_out)
     baseline = None
     if (small := made.get("lm") or made.get("tuned")) is not None:
         longest = small.features.facts["max_length"]
-        own = untrained.own_values(
-            student, _picked(rows, held), wanted, normalize=normalize, max_length=longest, token_budget=token_budget,
-            device=device,
-        )  # fmt: skip
+        own = stages.in_pieces(
+            making, "baseline",
+            {"model": small.features.facts["model"], "target": wanted.digest, "normalize": normalize,
+             "max_length": longest, "rows": _digest_of(_picked(rows, held))},
+            1, 1,
+            lambda *_: {"values": untrained.own_values(
+                student, _picked(rows, held), wanted, normalize=normalize, max_length=longest,
+                token_budget=token_budget, device=device,
+            )},
+        )["values"]  # fmt: skip
         baseline = dict(zip(("spearman", "recall"), _quality(own, values.mean(axis=1)[held]), strict=True))
     best = made[kept]
     spec = {
@@ -150,8 +156,7 @@ def distill(
     every = [row["hash"] or "" for row in opened.catalog.fields("hash")]
     hashes = [every[row] for row in chosen.tolist()]
     students.save_labels(store, saved, Labels(hashes, values, held))
-    for name in store.names(f"{MAKING}/"):
-        store.delete(name)
+    stages.clear(making)
     return {**document, "digest": saved}
 
 
@@ -208,22 +213,67 @@ def _cost(index: Index, small: _Rung | None, labels: int) -> dict[str, Any] | No
     }  # fmt: skip
 
 
+def _labels(
+    index: Index,
+    wanted: Target,
+    chosen: np.ndarray,
+    normalize: str,
+    model: str | nn.Module | None,
+    task: Task | None,
+    run: Run,
+    making: Store,
+    progress: Progress | None,
+) -> np.ndarray:
+    """LinFiK of the chosen rows by query, [n, Q] float64: from the stored rows, or, where none are, by passes of the
+    owner's model over these rows alone."""
+    asked: list[dict[str, Tensor]] = []  # the queries' gradients, once they are needed
+    models: list[Recomputed] = []  # and the owner's model, if it is
+
+    def label(lo: int, hi: int) -> dict[str, np.ndarray]:
+        rows = chosen[lo:hi]
+        if not asked:
+            asked.append(targets.gradients(index, wanted, model=model, task=task, run=run, progress=progress))
+        if index.codec.stored:
+            member = score.Member(index, asked[0])
+        else:
+            if not models:
+                models.append(attached.enter_context(reattached(index, model_of(model, index), task, run)))
+            live = models[0].scorer(asked[0], normalize=normalize, rows=set(rows.tolist()), progress=progress)
+            member = score.Member(index, {}, scores=live)
+        reducers = {"each": Pick(torch.from_numpy(rows))}
+        found = score.score_members([member], reducers, normalize=normalize, progress=progress)
+        return {"values": found["each"].double().numpy().T}
+
+    spec = {"index": index.digest, "target": wanted.digest, "normalize": normalize, "rows": chosen.tolist()}
+    step = len(chosen) if index.codec.stored else LIVE
+    with ExitStack() as attached:
+        return stages.in_pieces(making, "labels", spec, len(chosen), step, label)["values"]
+
+
 def _rung(
     features: Features,
     rows: Sequence[Mapping[str, Any]],
     y: np.ndarray,
     held: np.ndarray,
     calibration: str,
+    making: Store,
     progress: Progress | None,
 ) -> _Rung:
     kind = features.facts["kind"]
-    start, parts = time.process_time(), []
-    for lo in range(0, len(rows), BATCH):
-        parts.append(features(rows[lo : lo + BATCH])[0])
+
+    def see(lo: int, hi: int) -> dict[str, np.ndarray]:
+        start = time.process_time()
+        found = features(rows[lo:hi])[0]
         if progress is not None:
-            progress(f"features: {kind}", min(lo + BATCH, len(rows)), len(rows))
-    seconds = (time.process_time() - start) / len(rows)
-    x = np.concatenate(parts)
+            progress(f"features: {kind}", hi, len(rows))
+        return {"x": found, "seconds": np.array([time.process_time() - start])}
+
+    if features.tensors:  # of words: cheaper made again than kept
+        seen = see(0, len(rows))
+    else:
+        spec = {"features": features.facts, "rows": _digest_of(rows)}
+        seen = stages.in_pieces(making, "features", spec, len(rows), BATCH, see)
+    x, seconds = seen["x"], float(seen["seconds"].sum()) / len(rows)
     head, left_out = fitted(x[~held], y[~held], kind=kind, calibration=calibration)
     reached = _quality(head(x[held]), y[held])
     return _Rung(
@@ -266,6 +316,10 @@ def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return float(metrics.spearman(scores, truth)), recall
 
 
+def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    return digest([content_hash(dict(row)) for row in rows])
+
+
 def _picked(rows: Sequence[Mapping[str, Any]], flags: np.ndarray) -> list[Mapping[str, Any]]:
     return [row for row, flag in zip(rows, flags, strict=True) if flag]
 
@@ -289,8 +343,6 @@ def _features(
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    from influent.records import display_text
-
     return [display_text(dict(row)) for row in rows]
 
 

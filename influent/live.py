@@ -139,6 +139,10 @@ class LiveScorer:
     spread: Float[Tensor, " N"] | None = None
     progress: Progress | None = None
 
+    @property
+    def num_queries(self) -> int:
+        return len(next(iter(self.queries.values())))
+
     def __call__(self, lo: int, hi: int) -> Float[Tensor, "Q n"]:
         """Rows lo to hi, float64.
 

@@ -4,6 +4,7 @@ Not here: the queries' gradients and curvature (solving.py), the arithmetic (sco
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from influent.ensemble import Ensemble
 from influent.errors import DataError, SpecError
 from influent.fitting import AnyCurvature
 from influent.gram import MEMORY
+from influent.live import LiveScorer
 from influent.methods import METHODS, own_curvature, scale_of
 from influent.mixing import check_mix
 from influent.progress import Progress
@@ -104,12 +106,6 @@ def query(
     if mix is not None:
         check_mix(mix, choices[0].curvature, normalize)
     run = Run(token_budget=token_budget, device=device)
-    members, fits = [], []
-    for member, weight, choice, each in zip(opened.members, opened.weights, choices, instances(models), strict=True):
-        with reattached(member, each, task, run, data) as again:
-            fits.append(again.settle(choice, memory=memory, progress=progress))
-            answered = _answer(again, fits[-1], asked, parity, mix, normalize, query_rank, memory, progress)
-            members.append(replace(answered, weight=weight))
     if asked.controls is not None:
         words = ["\n".join(words)]  # the baseline of words looks for those of all the queries
         shown = [{"text": f"mean of {len(examples)} queries minus mean of {len(asked.controls)} controls"}]
@@ -117,9 +113,23 @@ def query(
     reducers: dict[str, Any] = {"top": TopK(k), "bottom": TopK(k, largest=False), "random": Pick(_together(drawn))}
     if scores is not None:
         reducers["full"] = Full()
-    found = score.score_members(
-        members, reducers, normalize=normalize, scale=scale_of(opened), query_rank=query_rank, progress=progress
-    )
+    members, fits = [], []
+    with ExitStack() as scoring:
+        each_of = zip(opened.members, opened.weights, choices, instances(models), strict=True)
+        for member, weight, choice, each in each_of:
+            with ExitStack() as attached:
+                again = attached.enter_context(reattached(member, each, task, run, data))
+                fits.append(again.settle(choice, memory=memory, progress=progress))
+                answered = _answer(again, fits[-1], asked, parity, mix, normalize, query_rank, memory, progress)
+                if isinstance(answered.scores, LiveScorer):
+                    if len(fits) < len(opened.members):  # one model at a time: what it says of all rows is held
+                        answered = replace(answered, scores=answered.scores(0, member.n).float())
+                    else:  # the last one stays, and is asked for as many rows at a time as the reducers take
+                        scoring.enter_context(attached.pop_all())
+                members.append(replace(answered, weight=weight))
+        found = score.score_members(
+            members, reducers, normalize=normalize, scale=scale_of(opened), query_rank=query_rank, progress=progress
+        )
     if scores is not None:
         write_array(found["full"].numpy(), scores)
     by_words = baselines.bm25(opened.first.catalog, words, k=k)
@@ -143,7 +153,7 @@ def _answer(
     memory: int | None,
     progress: Progress | None,
 ) -> score.Member:
-    """The queries of one member, solved; and their scores, where its rows are not stored."""
+    """The queries of one member, solved; and what scores them, where its rows are not stored."""
     index = again.index
     solved = solve(
         again.attached, index, fitted, asked, published=parity is not None, mix=mix, memory=memory or MEMORY,
@@ -152,10 +162,8 @@ def _answer(
     own = again.self_influence(fitted, progress=progress) if normalize == "relatif" else None
     if index.codec.stored:
         return score.Member(index, solved, self_influence=own)
-    found = again.scores(
-        solved, normalize=normalize, self_influence=own, query_rank=query_rank, progress=progress
-    )  # fmt: skip
-    return score.Member(index, {}, scores=found)
+    live = again.scorer(solved, normalize=normalize, self_influence=own, query_rank=query_rank, progress=progress)
+    return score.Member(index, {}, scores=live)
 
 
 def _given(prompt: str | None, completion: str | None, queries: Any) -> Any:

@@ -4,9 +4,9 @@ An index says which rows it has, its catalog holds their texts, and an attached 
 here: the fits themselves (kron.py, ggn.py), the passes (passes.py), what a query's gradient is (solving.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -137,27 +137,53 @@ class Recomputed:
             kept.check(record.name)
         return torch.cat([kept.tensors(record.name)["self_influence"].clone() for record in kept.records]).float()
 
-    def scores(
+    def scorer(
         self,
         queries: Mapping[str, Tensor],
         *,
         normalize: str = "none",
         self_influence: Float[Tensor, " N"] | None = None,
         query_rank: int | None = None,
+        rows: Collection[int] | None = None,
         progress: Progress | None = None,
-    ) -> Float[Tensor, "Q N"]:
-        """Scores of preconditioned queries [Q, I * O] in one pass over the training rows, float32.
+    ) -> LiveScorer:
+        """What scores preconditioned queries [Q, I * O] against windows of the training rows, made anew.
 
-        `normalize` and `self_influence` as for `score.score_members`.
+        `normalize` and `self_influence` as for `score.score_members`. Of `rows` other than those given no gradient is
+        taken, and the score is 0.
         """
         lengths = None
         if normalize == "cosine":
             lengths = sum((q.double().square().sum(1) for q in queries.values()), torch.zeros(())).sqrt().cpu()
-        scorer = LiveScorer(
-            self.passes, prepared(queries, self.attached.collector.plan.blocks, query_rank), lengths=lengths,
+        passes = self.passes
+        if rows is not None:
+            passes = replace(passes, rows=[row for row in passes.rows if row in rows])
+        return LiveScorer(
+            passes, prepared(queries, self.attached.collector.plan.blocks, query_rank), lengths=lengths,
             spread=None if self_influence is None else self_influence.double().sqrt(), progress=progress,
         )  # fmt: skip
-        return scorer(0, self.index.n).float()
+
+
+@contextmanager
+def answering(
+    index: Index,
+    queries: Mapping[str, Tensor],
+    *,
+    normalize: str,
+    model: str | nn.Module | None,
+    task: Task | None,
+    run: Run,
+    progress: Progress | None = None,
+) -> Iterator[score.Member]:
+    """The member (score.py) of an index with these queries: its stored rows, or with its model those made anew."""
+    from influent.querying import model_of
+
+    if index.codec.stored:
+        yield score.Member(index, queries)
+        return
+    with reattached(index, model_of(model, index), task, run) as again:
+        live = again.scorer(queries, normalize=normalize, progress=progress)
+        yield score.Member(index, {}, scores=live)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,16 @@ from .reduce import Reducer
 
 Queries = Mapping[str, Tensor]  # block -> [Q, K] float32
 
+
+@runtime_checkable
+class Live(Protocol):
+    """Scores of rows lo to hi of `num_queries` queries, made when they are asked for."""
+
+    @property
+    def num_queries(self) -> int: ...
+    def __call__(self, lo: int, hi: int) -> Float[Tensor, "Q n"]: ...
+
+
 WINDOW_SCORES = 1 << 22  # scores held at once, in float64
 
 
@@ -37,15 +47,15 @@ class Member:
     """Rows, what is asked of them, and the weight of the answer.
 
     `queries` are block -> [Q, K], preconditioned if a curvature is wanted; `self_influence` [N] is that of these rows
-    under the same curvature, for relatif alone. `scores` [Q, N], normalised already, stand in for rows that are not
-    stored.
+    under the same curvature, for relatif alone. `scores` [Q, N], or what makes those of rows lo to hi, normalised
+    already, stand in for rows that are not stored.
     """
 
     index: RowSource
     queries: Queries
     weight: float = 1.0
     self_influence: Float[Tensor, " N"] | None = None
-    scores: Float[Tensor, "Q N"] | None = None
+    scores: Float[Tensor, "Q N"] | Live | None = None
 
 
 def score(
@@ -207,9 +217,9 @@ class _Scorer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Given:
-    """A member whose scores are there already."""
+    """A member whose scores are there already, or are made without its rows."""
 
-    scores: Float[Tensor, "Q N"]
+    scores: Float[Tensor, "Q N"] | Live
     weight: float
 
     @staticmethod
@@ -217,7 +227,8 @@ class _Given:
         return None if member.scores is None else _Given(member.scores, member.weight)
 
     def __call__(self, shard: Shard, lo: int, hi: int) -> Float[Tensor, "Q n"]:
-        return self.scores[:, lo:hi].double() * self.weight
+        found = self.scores[:, lo:hi] if isinstance(self.scores, Tensor) else self.scores(lo, hi)
+        return found.double() * self.weight
 
 
 def _windows(indexes: Sequence[RowSource], size: int) -> Iterator[tuple[int, int, list[Shard]]]:
@@ -292,7 +303,9 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
     return counts.pop()
 
 
-def _check_given(index: RowSource, scores: Tensor) -> int:
+def _check_given(index: RowSource, scores: Tensor | Live) -> int:
+    if not isinstance(scores, Tensor):
+        return scores.num_queries
     if scores.ndim != 2 or scores.shape[1] != index.n or not bool(scores.isfinite().all()):
         raise MismatchError(f"scores: expected finite ones, queries x {index.n} rows, got {list(scores.shape)}")
     return len(scores)

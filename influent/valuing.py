@@ -27,6 +27,7 @@ from influent.errors import SpecError
 from influent.payments import money, refuse
 from influent.progress import Progress
 from influent.providers import Groups, Overlap
+from influent.recompute import answering
 from influent.rowstore import Index
 from influent.tables import write_array, write_table
 from influent.target import Target, direction
@@ -95,7 +96,10 @@ def value(
         "values": Means(),
         "draws": TwoWay(torch.from_numpy(groups.labels), len(groups.names), draws, seed),
     }
-    found = scoring.score(opened, queries, reducers, normalize=normalize, progress=progress)
+    with answering(
+        opened, queries, normalize=normalize, model=model, task=task, run=run, progress=progress
+    ) as member:  # fmt: skip
+        found = scoring.score_members([member], reducers, normalize=normalize, progress=progress)
     each = found["values"].numpy()
     if values is not None:
         write_values(opened.catalog, each, values)

@@ -23,7 +23,7 @@ LEVELS = [
      "passes", "rowstore",
      "rowwriter",
      "truncated", "truth", "rowsums", "checkpoints", "ensemble", "selection", "selective", "whole", "datainf",
-     "mixing", "optimizer"],
+     "mixing", "optimizer", "stages"],
     ["appending", "attach", "choosing", "filling", "methods", "querying", "recompute", "score", "solving", "finetune",
      "judging", "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking",
      "selecting", "distilling", "student", "features", "tuning", "appraising", "auditing", "offers", "commitments",
