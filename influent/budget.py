@@ -21,6 +21,8 @@ class Budget:
     bytes: int
     compress: Callable[[int], str]  # side -> text of the compressor
     rows: Callable[[int], str]  # side -> text of the row codec
+    least: int = 0  # where the side that fits is smaller, `small` chooses instead
+    small: "Budget | None" = None
 
     def choose(self, tracked: Plan) -> tuple[str, str]:
         """The texts of compressor and codec; each layer gets one size, capped at its own.
@@ -34,7 +36,10 @@ class Budget:
                 "allow more, or track fewer --layers"
             )
         largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
-        rows = self.rows(self._largest(tracked, self.rows, largest))
+        fits = self._largest(tracked, self.rows, largest)
+        if self.small is not None and fits < min(self.least, largest):
+            return self.small.choose(tracked)
+        rows = self.rows(fits)
         # A codec's rank goes in steps: what a step too far would have taken, the sides can use.
         return self.compress(self._largest(tracked, lambda side: rows, largest)), rows
 

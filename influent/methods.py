@@ -44,6 +44,8 @@ class Method:
     sized: Callable[[int], str]  # the compressor whose rows have side * side entries a layer
     curvature: str
     codec: Callable[[int], str] = lambda side: "float32"  # how such rows are stored
+    least: int = 0  # where a budget allows only smaller sides, the compressor and rows `small` are taken instead
+    small: tuple[Callable[[int], str], str] | None = None
     key: str = "block"  # a row for each block, or `all`: one for the gradients of all blocks together
     members: str = "mean"  # how several checkpoints make one score: their mean, or weighted by their learning `rates`
     scale: str = "none"  # what multiplies a row's score: nothing, or its `residual`
@@ -83,6 +85,10 @@ def _lorif_rows(side: int) -> str:
     return f"rank:{max(1, side // 16)}:int4"
 
 
+def _lorif_small(side: int) -> str:
+    return f"whiten:{side}x{side} | rotate"
+
+
 DEFAULT_SIDE = 64
 METHODS: dict[str, Method] = {
     "factgrass": Method("loss", _factgrass, "fim"),
@@ -93,7 +99,8 @@ METHODS: dict[str, Method] = {
     "tracin": Method("loss", _factgrass, "identity", members="rates"),
     "datainf": Method("loss", _factgrass, "datainf"),
     "trak": Method("margin", _flat, "fim", key="all", scale="residual"),
-    "lorif": Method("loss", _lorif, "lowrank", _lorif_rows),
+    # Where 4-bit rows would be of rank 1, one bit a number is better, in the mean over three models (README).
+    "lorif": Method("loss", _lorif, "lowrank", _lorif_rows, least=32, small=(_lorif_small, "dense:sign")),
     "kfac": Method("loss", lambda side: "id", "kfac", lambda side: "none"),
     "ekfac": Method("loss", lambda side: "id", "ekfac", lambda side: "none"),
 }
@@ -190,9 +197,13 @@ def index(
     from influent.checkpoints import instances
     from influent.filling import fill
 
+    small = None
+    if row_bytes is not None and rows is None and own.small is not None:
+        coarse, bits = own.small
+        small = Budget(row_bytes, coarse, lambda side: bits)
     setting = Setting(
         compress=compress or own.compress, rows=codec,
-        budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept),
+        budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept, own.least, small),
         layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
         seed=seed, target=own.target, key=key or own.key, optimizer=optimizer,
         scale="adam" if scale == "none" else scale,

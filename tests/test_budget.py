@@ -59,6 +59,21 @@ def test_a_method_with_a_codec_of_its_own_sizes_both(size):
     assert size < 4 * (16 * (codec.rank + 1) * (codec.rank + 1) + 2 * (codec.rank + 1) + 1)  # nor that a pair could
 
 
+def test_lorif_stores_bits_where_a_pair_would_be_of_rank_one():
+    """The rule is of the side that fits, so that it does not depend on how many layers there are."""
+    lorif, (coarse, bits) = METHODS["lorif"], METHODS["lorif"].small or pytest.fail("lorif has no small rows")
+    for layers in (1, 4):
+        tracked = plan(nn.Sequential(*[nn.Linear(300, 300) for _ in range(layers)]))
+        for each, expected in ((20, "dense:sign"), (60, "dense:sign"), (300, "rank:4:int4")):
+            size = layers * each
+            small = Budget(size, coarse, lambda side: bits)
+            text, rows = Budget(size, lorif.sized, lorif.codec, lorif.least, small).choose(tracked)
+            assert rows == expected
+            assert row_bytes(Compress.parse(text), Codec.parse(rows), tracked) <= size
+    tiny = plan(nn.Sequential(nn.Linear(9, 9)))  # no more to keep: its whole gradients fit
+    assert Budget(1000, lorif.sized, lorif.codec, 32, Budget(1000, coarse, lambda side: bits)).choose(tiny)[1] != bits
+
+
 def test_a_budget_too_small_for_one_entry_a_layer_is_refused():
     small = Budget(4, METHODS["logra"].sized, lambda side: "float32")
     with pytest.raises(SpecError, match="--row-bytes 4: 2 layers need 8 bytes a row"):
