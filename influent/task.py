@@ -22,7 +22,7 @@ from torch.nn import functional
 from influent.errors import DataError, SpecError
 from influent.labels import draw_labels
 from influent.rng import Stream
-from influent.tokenloss import token_losses, token_margins
+from influent.tokenloss import margin_losses, token_losses, token_margins
 
 
 @runtime_checkable
@@ -96,11 +96,14 @@ class Logits(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B])."""
+    """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B]).
+
+    It is computed from the margin m, as log(1 + exp(-m)): the usual way loses the gradient of a confident prediction,
+    p - 1 of the label, to the rounding of p.
+    """
 
     def loss(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
-        inputs, labels = batch
-        return functional.cross_entropy(model(inputs), labels, reduction="none")
+        return margin_losses(self.margin(model, batch))
 
     def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
         return self.loss(model, batch)
@@ -114,7 +117,7 @@ class Classification:
     def sampled_loss(self, model: nn.Module, batch: Any, streams: Sequence[Stream]) -> Float[Tensor, " B"]:
         logits = model(batch[0])
         drawn = draw_labels(logits, torch.tensor([stream.uniforms(1)[0] for stream in streams]))
-        return functional.cross_entropy(logits, drawn, reduction="none")
+        return margin_losses(token_margins(logits, drawn))
 
     def logits(self, model: nn.Module, batch: Any) -> tuple[Float[Tensor, "n V"], Float[Tensor, " n"]]:
         found = model(batch[0])

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from influent import tokenloss
+from influent.task import Classification
 from influent.tokenloss import token_losses
 
 
@@ -33,3 +34,26 @@ def test_large_logits_do_not_overflow():
     loss.sum().backward()
     assert loss.item() == 2e4
     torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("gap", [5.0, 16.0, 25.0, 60.0])
+def test_a_confident_prediction_keeps_its_gradient(gap):
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 4, 0, 9])
+    logits[torch.arange(4), labels] += gap
+    exact = logits.double().requires_grad_()
+    functional.softplus(
+        exact.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - exact[range(4), labels]
+    ).sum().backward()
+    for loss in (
+        lambda x: token_losses(x, torch.arange(4), labels),
+        lambda x: Classification().loss(torch.nn.Identity(), (x, labels)),
+    ):
+        found = logits.clone().requires_grad_()
+        loss(found).sum().backward()
+        torch.testing.assert_close(found.grad.double(), exact.grad, rtol=2e-5, atol=0)
+
+
+def test_infinite_logits_are_no_small_loss():
+    logits = torch.tensor([[torch.inf, 0.0], [0.0, torch.inf]])
+    assert not Classification().loss(torch.nn.Identity(), (logits, torch.tensor([0, 0]))).isfinite().any()
