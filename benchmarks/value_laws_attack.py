@@ -1,6 +1,6 @@
 """The duplicated-provider attack (6 of value_laws.py): what copying rows gains, by payment rule and defence.
 
-A provider of middle value offers rows again, k times: its own best 20 (`own`), the best 20 of the provider of highest
+A provider of middle value offers rows again, ten times: its own best 20 (`own`), the best 20 of the provider of highest
 value (`other`), or its own best with two words of each copy swapped (`near`). Payments of `value` for a budget of 1,000
 are compared with those of the honest offer. Everyone asks the same price a row, copies included, and the budget buys
 about half of all rows. The defences: copies beyond the first taken out of the offer (`exact`, `near`), and in a
@@ -22,9 +22,9 @@ import influent
 from influent import providers
 from influent.records import content_hash, display_text
 
-BUDGET, COPIED, TIMES = 1000, 20, (1, 10)
+BUDGET, COPIED, TIMES = 1000, 20, 10
 DIVERSITY = (0.0, 1.0, 10.0)
-ATTACKS = [(kind, k) for kind in ("own", "other", "near") for k in TIMES]
+ATTACKS = ("own", "other", "near")
 DEFENCES = ("none", "exact", "near")
 
 
@@ -38,17 +38,18 @@ def attack(target: str):
             "target": target, "provider": thief, "copied from": victim, "copied": COPIED, "budget": BUDGET,
             "honest": paid(place, rows, rows, target, thief), "attacks": [],
         }  # fmt: skip
-        for kind, times in ATTACKS:
+        for kind in ATTACKS:
             owner = victim if kind == "other" else thief
             mine = np.flatnonzero(labels == owner)
             best = [rows[i] for i in mine[np.argsort(-values[mine], kind="stable")[:COPIED]]]
-            offered = [*rows, *copies(best, thief, times, near=kind == "near", seed=place.seed)]
+            offered = [*rows, *copies(best, thief, near=kind == "near", seed=place.seed)]
             for defence in DEFENCES:
                 kept = without_copies(offered, defence)
+                known = document["honest"] if len(kept) == len(rows) else None  # nothing is left of the copies
                 document["attacks"].append(
                     {
-                        "attack": kind, "times": times, "defence": defence, "rows": len(kept),
-                        "paid": paid(place, kept, rows, target, thief),
+                        "attack": kind, "defence": defence, "rows": len(kept),
+                        "paid": known or paid(place, kept, rows, target, thief),
                     }
                 )  # fmt: skip
             keep(document)
@@ -58,10 +59,10 @@ def attack(target: str):
     return part
 
 
-def copies(best: Sequence[Row], owner: str, times: int, *, near: bool, seed: int) -> list[Row]:
+def copies(best: Sequence[Row], owner: str, *, near: bool, seed: int) -> list[Row]:
     rng = np.random.default_rng(seed)
     out = []
-    for k in range(times):
+    for k in range(TIMES):
         for row in best:
             field = "text" if "text" in row else "completion"
             words = row[field].split(" ")
@@ -87,7 +88,9 @@ def paid(place: Place, rows: Sequence[Row], honest: Sequence[Row], target: str, 
     folder = Path(place.folder / "attack")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    place.indexed(place.teacher, str(folder / "index"), data=list(rows))
+    shutil.copytree(place.index, folder / "index")
+    if len(rows) > len(honest):
+        influent.append(str(folder / "index"), list(rows[len(honest) :]), **place.run)
     price = 2 * BUDGET / len(honest)
     counts = {name: sum(row["provider"] == name for row in rows) for name in place.offer.providers}
     asked = [{"provider": name, "cost": f"{max(0.01, price * n):.2f}"} for name, n in counts.items()]

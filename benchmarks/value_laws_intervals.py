@@ -3,7 +3,7 @@
 The value of every row to a pool of queries is known. A draw takes 32 queries of the pool and distils a student from a
 labelled sample as `distill` does (split, ridge, calibration) on features made once; `appraise`'s own estimate then says
 each provider's value and its intervals. `labels` is to hold the value of the provider's rows to these queries, `labels
-and queries` that to the whole pool. The intervals of `value` itself, for 10, 32 and 100 queries drawn with replacement:
+and queries` that to the whole pool. The intervals of `value` itself, for 10 and 32 queries drawn with replacement:
 `queries` is to hold the value of the provider's rows to the pool, `delivery`, whose rows are drawn with replacement
 too, that of all its rows. Needs no model once features and values are there.
 """
@@ -23,8 +23,8 @@ from influent.features import load_lm
 from influent.providers import Groups
 from influent.student import Head
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.4, 1.0)
-COUNTS = (10, 32, 100)
+FRACTIONS = (0.1, 0.3, 1.0)
+COUNTS = (10, 32)
 BOOTSTRAP = 400
 Hits = dict[str, list[tuple[bool, float]]]  # provider -> (holds the truth, length of the interval)
 

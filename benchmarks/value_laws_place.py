@@ -15,8 +15,11 @@ from offer import Offer
 
 import influent
 from influent import baselines
+from influent import target as targets
+from influent.attach import Run
 from influent.rowstore import Index
 from influent.student import open_student
+from influent.valuing import FORMS, row_values
 
 TARGETS = ("topic", "president", "genre", "trigger")
 COMPRESS, CODEC = "mask:64x64 | sjlt:1024", "bfloat16"
@@ -26,20 +29,16 @@ COMPRESS, CODEC = "mask:64x64 | sjlt:1024", "bfloat16"
 class Scale:
     """How large everything is, and how often repeated; `tiny` shows on a CPU in minutes that all of it runs."""
 
-    teacher: str = "3M"
-    rows: int = 2400
-    base: int | None = 20_000
+    teacher: str = "0.5M"
+    rows: int = 2000
+    base: int | None = 10_000
     draws: int = 200  # of the labelled sample
-    runs: int = 8  # trainings without each provider
-    random: int = 6  # draws of random rows
-    seeds: int = 3  # trainings of each other set
+    runs: int = 2  # trainings without each provider
+    random: int = 5  # draws of random rows
+    seeds: int = 2  # trainings of each other set
 
 
-SCALES = {
-    "full": Scale(),
-    "smoke": Scale(draws=5, runs=1, random=1, seeds=1),
-    "tiny": Scale("student", 660, 600, 4, 2, 2, 1),
-}
+SCALES = {"full": Scale(), "large": Scale("3M", 2400, 20_000, runs=8), "tiny": Scale("student", 660, 600, 4, 2, 2, 1)}
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,15 @@ class Place:
         return [{"id": row["id"], **offer.planted("trigger", row["text"])} for row in found[: offer.HELD]]
 
     def values(self, target: str, normalize: str, *, index: str | None = None) -> np.ndarray:
-        """LinFiK of every row."""
-        path = Path(index or self.index).parent / f"{Path(index or self.index).name}-{target}-{normalize}.npy"
-        if not path.exists():
-            influent.value(
-                index or self.index,
-                target=self.queries(target),
-                normalize=normalize,
-                values=str(path),
-                draws=1,
-                **self.run,
-            )
-        return np.load(path)
+        """LinFiK of every row, of the offer's index or another."""
+        where = Path(index or self.index)
+        paths = {form: where.parent / f"{where.name}-{target}-{form}.npy" for form in FORMS}
+        if not all(path.exists() for path in paths.values()):
+            opened = Index.open(str(where))
+            asked = targets.gradients(opened, targets.read(self.queries(target)), run=Run(**self.run))
+            for form, path in paths.items():
+                np.save(path, row_values(opened, asked, normalize=form))
+        return np.load(paths[normalize])
 
     def matrix(self, queries: list[dict[str, str]], normalize: str = "cosine") -> np.ndarray:
         """The value of every row to each of some queries, [Q, N]."""

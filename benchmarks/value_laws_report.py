@@ -180,7 +180,7 @@ def attack(parts: Parts) -> dict[str, Any]:
         for document in each.values():
             honest = document["honest"]
             for entry in document["attacks"]:
-                cell = out[f"{entry['attack']} x{entry['times']}"][entry["defence"]]
+                cell = out[entry["attack"]][entry["defence"]]
                 for rule, amount in entry["paid"].items():
                     cell[rule].append([honest.get(rule, 0.0), amount])
     return out

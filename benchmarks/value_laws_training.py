@@ -31,7 +31,7 @@ def selection(target: str):
         kinds, labels = np.array(place.offer.kinds), np.array([row["provider"] for row in place.offer.rows])
         for run in range(place.scale.seeds):
             for name, rows in sets.items():
-                if run and name.startswith("random"):
+                if run and name.startswith(("random", "all")):
                     continue  # each draw once
                 entry = document["sets"].setdefault(
                     name,
@@ -54,7 +54,7 @@ def _sets(place: Place, target: str) -> tuple[dict[str, np.ndarray], dict[str, A
     n = len(place.offer.rows)
     count, sets = n // 10, {}
     for name, options in (
-        ("LinFiK", {}), ("LinFiK, no cosine", {"normalize": "none"}), ("LinFiK, diversity 1", {"diversity": 1.0}),
+        ("LinFiK", {}), ("LinFiK, diversity 1", {"diversity": 1.0})
     ):  # fmt: skip
         out = str(place.folder / f"best-{target}-{len(sets)}.jsonl")
         influent.select(place.index, target=place.queries(target), out=out, budget=str(count), **options, **place.run)
@@ -70,10 +70,12 @@ def _sets(place: Place, target: str) -> tuple[dict[str, np.ndarray], dict[str, A
 
 
 def without(place: Place, keep: Keep) -> None:
-    """Train on all rows and on those of all providers but one; the change of each target's query loss."""
+    """Train on half of the rows, and on those of them of all providers but one; the change of each query loss."""
     asked = {name: [*place.offer.targets[name], *place.held(name)] for name in TARGETS}
     train = trainer(place, [row for rows in asked.values() for row in rows], WITHOUT)
     names, labels = place.offer.providers, np.array([row["provider"] for row in place.offer.rows])
+    rng = np.random.default_rng(place.seed)
+    labels[rng.permutation(len(labels)) % 2 == 1] = "not used"
     ends = np.cumsum([0, *(len(rows) for rows in asked.values())])
     document: dict[str, Any] = {
         "providers": names, "rows": [int((labels == name).sum()) for name in names],
@@ -89,7 +91,7 @@ def without(place: Place, keep: Keep) -> None:
     for run in range(place.scale.runs):
         found = []
         for left in (None, *names):
-            losses, _ = train(np.flatnonzero(labels != left), run)
+            losses, _ = train(np.flatnonzero((labels != left) & (labels != "not used")), run)
             by_target = {}
             for number, target in enumerate(TARGETS):
                 own, num = losses[ends[number] : ends[number + 1]], len(place.offer.targets[target])
