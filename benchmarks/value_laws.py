@@ -34,12 +34,12 @@ SEEDS = (0, 1, 2)
 Part = Callable[[Place, Callable[[dict[str, Any]], None]], None]
 PARTS: dict[str, Part] = {
     "selection-topic": training.selection("topic"),
+    "coverage-topic": intervals.coverage("topic"),
     "selection-trigger": training.selection("trigger"),
     "linearity": steps.linearity,
-    "coverage-topic": intervals.coverage("topic"),
+    "attack-topic": attacks.attack("topic"),
     "without": training.without,
     "drift": steps.drift,
-    "attack-topic": attacks.attack("topic"),
     "selection-president": training.selection("president"),
     "selection-genre": training.selection("genre"),
     "coverage-trigger": intervals.coverage("trigger"),
@@ -69,7 +69,7 @@ def main() -> None:
     places = {
         seed: Place(given.work / str(seed), given.data, seed, given.device, SCALES[given.scale]) for seed in given.seeds
     }
-    wanted = [(seed, part) for part in PARTS if part.startswith(tuple(given.only)) for seed in given.seeds]
+    wanted = [(seed, part) for seed in given.seeds for part in PARTS if part.startswith(tuple(given.only))]
     while left := [job for job in wanted if not taken(given.work, *job)]:
         if not any(attempt(places[seed], part, given) for seed, part in left):
             time.sleep(1)

@@ -1,9 +1,9 @@
 """Coverage of the provider intervals (2 of value_laws.py): how often they hold the truth, which is known here.
 
-The value of every row to a pool of queries is known. A draw takes 32 queries of the pool and distils a student from a
-labelled sample as `distill` does (split, ridge, calibration) on features made once; `appraise`'s own estimate then says
-each provider's value and its intervals. `labels` is to hold the value of the provider's rows to these queries, `labels
-and queries` that to the whole pool. The intervals of `value` itself, for 10 and 32 queries drawn with replacement:
+The value of every row to a pool of queries is known. A draw takes 32 queries of the pool, with replacement, and distils
+a student from a labelled sample as `distill` does (split, ridge, calibration) on features made once; `appraise`'s own
+estimate then says each provider's value and its intervals. `labels` is to hold the value of the provider's rows to
+these queries, `labels and queries` that to the whole pool. The intervals of `value` itself, for 10 and 32 queries:
 `queries` is to hold the value of the provider's rows to the pool, `delivery`, whose rows are drawn with replacement
 too, that of all its rows. Needs no model once features and values are there.
 """
@@ -75,7 +75,7 @@ def _labelled(
     values: np.ndarray, features: np.ndarray, groups: Groups, fraction: float, draw: int, out: dict[str, Hits]
 ) -> None:
     rng = np.random.default_rng([draw, 1])
-    picked = rng.choice(len(values), min(32, len(values)), replace=False)
+    picked = rng.choice(len(values), 32)
     chosen, held = distilling.split(groups.labels, round(fraction * len(groups.labels)), seed=draw)
     y = values[picked].mean(axis=0)
     fitted, left_out = ridge.fit(features[chosen[~held]], y[chosen[~held]])
@@ -102,8 +102,8 @@ def _asked(values: np.ndarray, groups: Groups, count: int, draw: int, out: dict[
         drawn = reducer.result(reducer.push(reducer.empty(count), torch.arange(len(rows)), scores))
         each = scores.numpy().mean(axis=0)
         means = np.bincount(groups.labels, weights=each) / groups.counts
-        chance = {kind: (drawn.queries if kind == "queries" else drawn.both).numpy()}
-        for g, found in enumerate(providers.from_draws(means.tolist(), chance)):
+        estimates = providers.from_draws(means.tolist(), drawn, queries=count, rows=groups.counts.tolist(), shown=kind)
+        for g, found in enumerate(estimates):
             truth, interval = values[:, groups.labels == g].mean(), found.shown
             out[kind][groups.names[g]].append(
                 (bool(interval.low <= truth <= interval.high), interval.high - interval.low)

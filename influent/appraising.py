@@ -133,8 +133,9 @@ def estimate(
             drawn[:, g] = mean + pooled * Stream(seed, "appraise", "normals", name).normals(draws)
             continue
         found = difference(mean, residuals[mine].tolist(), size)
-        drawn[:, g] = _draws(mean, labelled.values[mine], values[labelled.rows[mine]], size, shares, seed, name)
-        both = percentiles(found.value, drawn[:, g].tolist())
+        scores = values[labelled.rows[mine]]
+        drawn[:, g], parts = _draws(mean, labelled.values[mine], scores, size, shares, seed, name)
+        both = percentiles(found.value, drawn[:, g].tolist(), of=parts)
         by_query = {"labels and queries": both} if labelled.values.shape[1] > 1 else {}
         estimates.append(Estimate(found.value, {"labels": found, **by_query}))
     return estimates, drawn
@@ -142,16 +143,35 @@ def estimate(
 
 def _draws(
     mean: float, y: np.ndarray, scores: np.ndarray, size: int, shares: np.ndarray, seed: int, name: str
-) -> np.ndarray:
-    """Draws [B] of mean + mean(y - f): queries resampled, and labelled rows, whose spread is that of n of N rows."""
-    n, draws = len(y), len(shares)
+) -> tuple[np.ndarray, list[tuple[float, int]]]:
+    """Draws [B] of mean + mean(y - f): queries resampled, and labelled rows, whose spread is that of n of N rows; and
+    the variance of each part with its degrees of freedom.
+
+    A query's mean over the labelled rows differs from its mean over all rows by what is peculiar to these n, which is
+    counted where rows are resampled: the queries' part is freed of it, by the mean square of the interaction.
+    """
+    (n, num_queries), draws = y.shape, len(shares)
     picks = Stream(seed, "appraise", "labels", name).buckets(draws * n, n).reshape(draws, n)
     residual = shares @ y.T - scores  # [B, n]
-    centre = residual.mean(axis=1)
-    resampled = np.take_along_axis(residual, picks, axis=1).mean(axis=1)
+    resampled = np.take_along_axis(residual, picks, axis=1).mean(axis=1) - residual.mean(axis=1)
     # resampling n rows has the variance of (n - 1) / n^2 of s^2, sampling n of N without replacement (1 - n/N) / n
-    factor = np.sqrt((1 - n / size) * n / max(1, n - 1))
-    return mean + centre + factor * (resampled - centre)
+    over_rows = np.sqrt((1 - n / size) * n / max(1, n - 1)) * resampled
+    own = y.mean(axis=0)  # of each query, over the labelled rows
+    over_queries = _freed(y, size) * np.sqrt(num_queries / max(1, num_queries - 1)) * (shares @ own - own.mean())
+    drawn = mean + float(own.mean() - scores.mean(dtype=np.float64)) + over_queries + over_rows
+    return drawn, [(float(over_queries.var()), num_queries - 1), (float(over_rows.var()), n - 1)]
+
+
+def _freed(y: np.ndarray, size: int) -> float:
+    """The root of the share of the variance of queries' means over n rows that is left in those over `size` rows."""
+    n, num_queries = y.shape
+    if n < 2 or num_queries < 2:
+        return 1.0
+    own = y.mean(axis=0)
+    apart = y - y.mean(axis=1, keepdims=True) - own + y.mean()
+    peculiar = float((apart**2).sum()) / ((n - 1) * (num_queries - 1)) * (1 / n - 1 / size)
+    found = float(own.var(ddof=1))
+    return float(np.sqrt(max(0.0, 1 - peculiar / found))) if found > 0 else 1.0
 
 
 def _match(hashes: Sequence[str], known: students.Labels | None, audited: dict[str, float]) -> Labelled:

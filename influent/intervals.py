@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist, pvariance
 
 from influent.errors import DataError, SpecError
 
@@ -50,14 +51,38 @@ def difference(predicted_mean: float, residuals: Sequence[float], population: in
     return Interval(value, value - reach, value + reach)
 
 
-def percentiles(value: float, draws: Sequence[float], *, level: float = LEVEL) -> Interval:
-    """The percentile interval of bootstrap `draws` around an estimate (Efron, 1979), widened to hold the estimate."""
+def percentiles(
+    value: float, draws: Sequence[float], *, level: float = LEVEL, of: Sequence[tuple[float, int]] = ()
+) -> Interval:
+    """The percentile interval of bootstrap `draws` around an estimate (Efron, 1979), widened to hold the estimate.
+
+    A percentile interval of few units is too short: a resample of n has the variance (n - 1) / n of theirs, and its
+    quantiles are a normal's where a mean of n needs Student's. Its ends are therefore moved outwards by the factor that
+    this is in the normal case (Hesterberg, The American Statistician 69, 2015).
+
+    Args:
+        of: what the estimate's variance is made of: each part, and its degrees of freedom, n - 1 for a mean of n. The
+            sum is taken to have those of Satterthwaite (1946). A part without any is left out: of a single unit
+            nothing can be said.
+    """
     if not len(draws):
         raise DataError("an interval needs at least one draw")
     ordered = sorted(float(draw) for draw in draws)
     tail = (1 - level) / 2
     low, high = _between(ordered, tail), _between(ordered, 1 - tail)
-    return Interval(value, min(low, value), max(high, value))
+    factor = _widening(ordered, of, level)
+    return Interval(value, min(value - factor * (value - low), value), max(value + factor * (high - value), value))
+
+
+def _widening(draws: Sequence[float], of: Sequence[tuple[float, int]], level: float) -> float:
+    parts = [(variance, freedom) for variance, freedom in of if variance > 0 and freedom > 0]
+    spread = pvariance(draws) if parts else 0.0
+    if spread <= 0:
+        return 1.0
+    total = math.fsum(variance for variance, _ in parts)
+    freedom = total**2 / math.fsum(variance**2 / df for variance, df in parts)
+    quantile = t_quantile((1 + level) / 2, round(freedom, 1))
+    return math.sqrt(total / spread) * quantile / NormalDist().inv_cdf((1 + level) / 2)
 
 
 def _between(ordered: Sequence[float], share: float) -> float:

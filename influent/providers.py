@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from influent.bootstrap import Draws
 from influent.duplicates import Leaks, Sketches
 from influent.errors import DataError, SpecError
 from influent.intervals import Interval, percentiles
@@ -98,15 +99,25 @@ class Estimate:
         return next(iter(self.intervals.values()))
 
 
-def from_draws(values: Sequence[float], draws: dict[str, np.ndarray]) -> list[Estimate]:
-    """Estimates of each group from bootstrap draws [B, G] by the name of what was resampled."""
-    return [
-        Estimate(
-            value,
-            {name: percentiles(value, drawn[:, g].tolist(), level=LEVEL) for name, drawn in draws.items()},
-        )
-        for g, value in enumerate(values)
-    ]
+def from_draws(
+    values: Sequence[float], draws: Draws, *, queries: int, rows: Sequence[int], shown: str
+) -> list[Estimate]:
+    """Estimates of each group from its bootstrap draws, over `queries` queries and each group's `rows` rows.
+
+    The intervals are `queries` and `delivery`; `shown` is the name of the one that comes first.
+    """
+    by_name = {"queries": draws.queries.numpy(), "delivery": draws.both.numpy()}
+    out = []
+    for g, value in enumerate(values):
+        both = float(by_name["delivery"][:, g].var())
+        alone = float(by_name["queries"][:, g].var())
+        over_queries = (alone * queries / max(1, queries - 1), queries - 1)
+        over_rows = (max(0.0, both - alone) * rows[g] / max(1, rows[g] - 1), rows[g] - 1)
+        parts = {"queries": [over_queries], "delivery": [over_queries, over_rows]}
+        names = sorted(by_name, key=lambda name: name != shown)
+        found = {n: percentiles(value, by_name[n][:, g].tolist(), level=LEVEL, of=parts[n]) for n in names}
+        out.append(Estimate(value, found))
+    return out
 
 
 def report(

@@ -103,13 +103,14 @@ def value(
     each = found["values"].numpy()
     if values is not None:
         write_values(opened.catalog, each, values)
-    drawn = {"queries": found["draws"].queries.numpy(), "delivery": found["draws"].both.numpy()}
-    drawn = {interval: drawn[interval], **drawn}  # the one asked for is the one shown
     means = np.bincount(groups.labels, weights=each) / groups.counts
+    estimates = providers.from_draws(
+        means.tolist(), found["draws"], queries=len(wanted), rows=groups.counts.tolist(), shown=interval
+    )
     document = providers.report(
-        groups, each, opened.stat("tokens").double().numpy(), providers.from_draws(means.tolist(), drawn),
-        draws=drawn[interval], found=copies(opened.catalog, wanted, progress), describe=opened.catalog.describe,
-        shown=rows,
+        groups, each, opened.stat("tokens").double().numpy(), estimates,
+        draws=(found["draws"].queries if interval == "queries" else found["draws"].both).numpy(),
+        found=copies(opened.catalog, wanted, progress), describe=opened.catalog.describe, shown=rows,
     )  # fmt: skip
     beside = None
     if asked is not None and diversity:

@@ -67,3 +67,36 @@ def test_percentiles_are_numpys_and_hold_the_estimate():
     assert percentiles(9.0, draws.tolist()).high == 9.0
     with pytest.raises(DataError):
         percentiles(0.0, [])
+
+
+@pytest.mark.parametrize("count", [5, 10, 40])
+def test_widened_percentiles_of_a_mean_hold_it_as_often_as_they_say(count):
+    """The plain percentile interval of 5 values holds their mean four times in five."""
+    rng = np.random.default_rng(count)
+    hits = plain = 0
+    for _ in range(1500):
+        x = rng.normal(size=count) + 1.0
+        draws = x[rng.integers(0, count, (250, count))].mean(axis=1).tolist()
+        got = percentiles(float(x.mean()), draws, of=[(float(x.var(ddof=1)) / count, count - 1)])
+        hits += got.low <= 1.0 <= got.high
+        got = percentiles(float(x.mean()), draws)
+        plain += got.low <= 1.0 <= got.high
+    assert 0.93 <= hits / 1500 <= 0.97
+    assert plain < hits and (count > 10 or plain / 1500 < 0.92)
+
+
+def test_parts_of_a_variance_are_widened_by_their_freedom():
+    draws = np.random.default_rng(2).normal(size=4001)
+    length = 2 * stats.norm.ppf(0.975) * draws.std()
+
+    def reach(*of):
+        got = percentiles(0.0, draws.tolist(), of=of)
+        return (got.high - got.low) / length
+
+    assert reach() == pytest.approx(1, rel=0.05)
+    v = float(draws.var())
+    assert reach((v, 4)) == pytest.approx(stats.t.ppf(0.975, 4) / stats.norm.ppf(0.975), rel=0.05)
+    assert reach((4 * v, 10**6)) == pytest.approx(2, rel=0.05)
+    both = (v / 2 + v / 2) ** 2 / ((v / 2) ** 2 / 4 + (v / 2) ** 2 / 40)
+    assert reach((v / 2, 4), (v / 2, 40)) == pytest.approx(stats.t.ppf(0.975, both) / stats.norm.ppf(0.975), rel=0.05)
+    assert reach((v, 0), (0.0, 3)) == reach()
