@@ -147,18 +147,18 @@ def _draws(
     """Draws [B] of mean + mean(y - f): queries resampled, and labelled rows, whose spread is that of n of N rows; and
     the variance of each part with its degrees of freedom.
 
-    A query's mean over the labelled rows differs from its mean over all rows by what is peculiar to these n, which is
-    counted where rows are resampled: the queries' part is freed of it, by the mean square of the interaction.
+    What is peculiar to a row and a query is counted once, with the rows: these are resampled by their means over all
+    queries, and the queries' part is freed of what their means over the n labelled rows have of it (`_freed`).
     """
     (n, num_queries), draws = y.shape, len(shares)
     picks = Stream(seed, "appraise", "labels", name).buckets(draws * n, n).reshape(draws, n)
-    residual = shares @ y.T - scores  # [B, n]
-    resampled = np.take_along_axis(residual, picks, axis=1).mean(axis=1) - residual.mean(axis=1)
+    residual = y.mean(axis=1) - scores
+    resampled = residual[picks].mean(axis=1) - residual.mean()
     # resampling n rows has the variance of (n - 1) / n^2 of s^2, sampling n of N without replacement (1 - n/N) / n
     over_rows = np.sqrt((1 - n / size) * n / max(1, n - 1)) * resampled
     own = y.mean(axis=0)  # of each query, over the labelled rows
     over_queries = _freed(y, size) * np.sqrt(num_queries / max(1, num_queries - 1)) * (shares @ own - own.mean())
-    drawn = mean + float(own.mean() - scores.mean(dtype=np.float64)) + over_queries + over_rows
+    drawn = mean + float(residual.mean()) + over_queries + over_rows
     return drawn, [(float(over_queries.var()), num_queries - 1), (float(over_rows.var()), n - 1)]
 
 
