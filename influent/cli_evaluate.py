@@ -30,7 +30,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Of lds, loo, tail-patch, mislabel, brittleness, selection, removal; joined by commas.",
+            help="Of lds, loo, tail-patch, mislabel, brittleness, selection, removal, retrieval; joined by commas.",
         ),
     ] = "lds",
     train: Annotated[
@@ -65,7 +65,10 @@ def evaluate(
     shares: Annotated[
         str, typer.Option(metavar="X,X", help="For selection and removal, shares of the rows.")
     ] = "0.1,0.25,0.5,0.75",
-    k: Annotated[int, typer.Option("-k", metavar="N", help="For tail-patch, a query's top rows.")] = 10,
+    k: Annotated[int, typer.Option("-k", metavar="N", help="For tail-patch and retrieval, a query's top rows.")] = 10,
+    relevant: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For retrieval: a .npy of booleans, or a table of query and id.")
+    ] = None,
     flags: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="For mislabel, the bad rows: a .npy of booleans, source=X or provider=X."),
@@ -96,7 +99,8 @@ def evaluate(
         document = influent.evaluate(
             index, scores=scores, queries=queries, data=data, truth=truth, metric=metric, train=train, base=base,
             epochs=epochs, rate=rate, batch=batch, max_length=max_length, subsets=subsets, seeds=seeds, leave=leave,
-            left_out=left_out, remove=remove, probes=probes, shares=shares, k=k, flags=flags, normalize=normalize,
+            left_out=left_out, remove=remove, probes=probes, shares=shares, k=k, relevant=relevant, flags=flags,
+            normalize=normalize,
             curvature=curvature, damping=damping, parity=parity, damping_grid=damping_grid, memory=memory, model=model,
             token_budget=token_budget, device=device, plot=plot, html=html, progress=progress,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from influent.rng import Stream
 from influent.rowstore import Index
 
 BM25, RANDOM, LOSS = "bm25", "random", "loss"
+LABELS = ("id", "source", "provider")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def read_rows(data: Any) -> Rows:
     kept = [example for example in read_examples(data) if example.skip is None]
     if not kept:
         raise DataError("data: there is no record that can be a row")
-    labels = {"source": [example.source for example in kept], "provider": [example.provider for example in kept]}
+    labels = {name: [getattr(example, name) for example in kept] for name in LABELS}
     return Rows([example.content for example in kept], labels)
 
 
@@ -56,7 +57,7 @@ def indexed_rows(index: Ensemble) -> Rows | None:
     """The records behind an index's rows; None where it was made of examples that are not records."""
     catalog = index.first.catalog
     described = catalog.describe(list(range(index.n)))
-    labels = {name: [row[name] for row in described] for name in ("source", "provider")}
+    labels = {name: [row[name] for row in described] for name in LABELS}
     try:
         return Rows(catalog.examples(0, index.n), labels)
     except SpecError:  # a catalog of ids alone

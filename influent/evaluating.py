@@ -19,7 +19,7 @@ from influent.progress import Progress
 if TYPE_CHECKING:
     from influent.rerun import Trainer
 
-METRICS = ("lds", "loo", "tail-patch", "mislabel", "brittleness", "selection", "removal")
+METRICS = ("lds", "loo", "tail-patch", "mislabel", "brittleness", "selection", "removal", "retrieval")
 RETRAINED = ("lds", "loo", "brittleness", "selection", "removal")
 UNITS = ("row", "source", "provider")
 
@@ -46,6 +46,7 @@ def evaluate(
     probes: int = 10,
     shares: str = "0.1,0.25,0.5,0.75",
     k: int = 10,
+    relevant: Any = None,
     flags: Any = None,
     normalize: str = "none",
     curvature: str | None = None,
@@ -70,7 +71,7 @@ def evaluate(
             names to arrays or files. For `mislabel` also vectors [N], larger = more suspicious.
         queries, data: records; `data` is the training rows, by default those of the index.
         truth: the directory of the retrainings; made if missing, resumed if not complete.
-        metric: of lds, loo, tail-patch, mislabel, brittleness, selection, removal, joined by commas.
+        metric: of lds, loo, tail-patch, mislabel, brittleness, selection, removal, retrieval, joined by commas.
         train: a function `train(rows, seed)` that trains on these row numbers and returns the loss of every query (or
             losses and answers); or its name, `module:function` or `file.py:function`.
         base: instead, a causal language model to fine-tune on the rows (`epochs`, `rate`, `batch`, `max_length`).
@@ -79,7 +80,9 @@ def evaluate(
         leave, left_out: what is left out for `loo`: a row, or all rows of a source or provider; and how many of them.
         remove, probes: for `brittleness`, how many top rows are removed, and for how many queries.
         shares: for `selection` and `removal`, shares of the rows.
-        k: top rows patched by `tail-patch`.
+        k: top rows patched by `tail-patch`, or among which `retrieval` looks for a relevant one.
+        relevant: for `retrieval`, which rows are right answers: booleans [queries, rows] (an array or .npy), or a table
+            of `query` and `id` (or `row`).
         flags: the bad rows for `mislabel`: a .npy of booleans [N], an array, or `source=NAME` or `provider=NAME`.
         damping_grid: relative dampings such as `1e-3,1e-2,0.1`: the one with the best LDS on a tenth of the queries is
             used, and everything is reported on the others.
@@ -123,6 +126,7 @@ class Request:
     probes: int
     shares: str
     k: int
+    relevant: Any
     flags: Any
     normalize: str
     curvature: str | None
@@ -174,6 +178,11 @@ class Request:
             raise SpecError(f"{retrained[0]} of an index needs --queries FILE")
         if "mislabel" in self.metrics and self.flags is None:
             raise SpecError("mislabel needs --flags: a .npy of booleans, or source=NAME or provider=NAME")
+        if "retrieval" in self.metrics:
+            if self.relevant is None:
+                raise SpecError("retrieval needs --relevant FILE: which rows are right answers to which query")
+            if self.index is not None and self.queries is None:
+                raise SpecError("retrieval of an index needs --queries FILE")
         if self.train is not None and self.base is not None:
             raise SpecError("give --train or --base, not both: each says how to train")
         if self.base is not None or "tail-patch" in self.metrics:

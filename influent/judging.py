@@ -1,4 +1,5 @@
-"""What each metric says of scores, given retrainings: LDS, leave-one-out, brittleness, selection, removal, detection.
+"""What each metric says of scores, given retrainings: LDS, leave-one-out, brittleness, selection, removal, detection,
+retrieval.
 
 Every function takes score matrices by name, [Q, N] float64, larger = the row pushes the query's loss further down, and
 returns the metric's part of the document of `influent evaluate`: `{"methods": {name: {"mean", "low", "high", ...}}}`,
@@ -240,3 +241,22 @@ def detection(suspicion: Named, flags: np.ndarray, k: int | None = None) -> Doc:
         }
         methods[name] = found["auc"].to_json() | {kind: each.to_json() for kind, each in found.items()}
     return {"flagged": int(flags.sum()), "rows": len(flags), "k": k, "methods": methods}
+
+
+def retrieval(named: Named, relevant: np.ndarray, queries: np.ndarray, *, k: int) -> Doc:
+    """How high the best of a query's relevant rows [Q, N] stands: its reciprocal rank (MRR), the headline, and whether
+    it is among the top `k`.
+
+    Raises DataError for a reported query without a relevant row.
+    """
+    empty = queries[~relevant[queries].any(axis=1)]
+    if len(empty):
+        raise DataError(f"retrieval: query {int(empty[0])} has no relevant row: give one, or leave the query out")
+    methods: dict[str, Doc] = {}
+    for name, scores in named.items():
+        ranked = metrics.reciprocal_rank(scores[queries], relevant[queries])
+        hits = metrics.hit_at(scores[queries], relevant[queries], k)
+        methods[name] = {
+            **bootstrap(ranked).to_json(), "each": ranked.tolist(), "hit": bootstrap(hits).to_json(),
+        }  # fmt: skip
+    return {"k": k, "methods": methods}

@@ -20,6 +20,7 @@ AXES = {
     "loo": "rank correlation with leaving out",
     "tail-patch": "gain in log-probability",
     "mislabel": "AUC",
+    "retrieval": "reciprocal rank",
 }
 CURVES = {
     "brittleness": ("removed", "rise", "top rows removed", "rise of the query's loss"),

@@ -19,6 +19,7 @@ TITLES = {
     "loo": "Leave-one-out: rank correlation of scores with what leaving out cost",
     "tail-patch": "Tail patch: gain in the query's log-probability after a step on a top row",
     "mislabel": "Bad rows found: AUC of suspicion",
+    "retrieval": "Retrieval: reciprocal rank of the best relevant row (MRR)",
     "brittleness": "Brittleness: rise of the query's loss when its top rows are removed",
     "selection": "Selection: by how much lower the loss is than with random rows, over the shares kept",
     "removal": "Removal: by how much higher the loss is than without random rows, over the shares removed",
@@ -103,6 +104,8 @@ def _columns(name: str, part: Doc) -> tuple[list[tuple[str, Any]], str]:
         return extra, f"left out: {part['left_out']}, each a {part['unit']}"
     if name == "tail-patch":
         return [("together", lambda m: _number(m["together"]["mean"]))], f"the top {part['k']} rows of each query"
+    if name == "retrieval":
+        return [(f"hit@{part['k']}", lambda m: _number(m["hit"]["mean"]))], "of each query, its best relevant row"
     if name == "mislabel":
         found = [(kind, lambda m, kind=kind: _number(m[kind]["mean"])) for kind in ("average_precision", "recall")]
         return found, f"{part['flagged']} of {part['rows']} rows are bad; recall at {part['k']}"

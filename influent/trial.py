@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from influent import contenders, judging, plots, scorecard
+from influent import contenders, judging, plots, relevance, scorecard
 from influent.contenders import BM25, LOSS, RANDOM, FromIndex, Rows
 from influent.curvature import list_fitted
 from influent.digests import digest
@@ -56,7 +56,7 @@ class Trial:
         metrics: dict[str, Callable[[], Doc]] = {
             "lds": self._lds, "loo": self._loo, "tail-patch": self._tail_patch, "mislabel": self._mislabel,
             "brittleness": self._brittleness, "selection": lambda: self._curve(keep=True),
-            "removal": lambda: self._curve(keep=False),
+            "removal": lambda: self._curve(keep=False), "retrieval": self._retrieval,
         }  # fmt: skip
         judged = {name: _headed(metrics[name]()) for name in ask.metrics}
         document |= {"reported": self.reported.tolist(), **judged, "sign": SIGN}
@@ -250,6 +250,13 @@ class Trial:
             suspicion[LOSS] = contenders.own_losses(self.index)
         suspicion[RANDOM] = contenders.chance(1, self.num_rows)[0]
         return judging.detection(suspicion, self._flags())
+
+    def _retrieval(self) -> Doc:
+        if not self.num_queries:
+            raise SpecError("retrieval needs queries: --queries FILE, or a matrix of queries x rows")
+        ids = self.rows.labels["id"] if self.rows is not None else None
+        wanted = relevance.read(self.ask.relevant, ids, (self.num_queries, self.num_rows))
+        return judging.retrieval(self.matrices, wanted, self.reported, k=self.ask.k)
 
     def _flags(self) -> np.ndarray:
         flags = self.ask.flags
