@@ -277,7 +277,8 @@ def _stored(doc: Doc) -> str:
         return codec
     least = min(captured["blocks"].items(), key=lambda item: item[1]["mean"])
     kept = f"{100 * captured['mean']:.0f} % of the rows' energy kept, least in {least[0]}"
-    return f"{codec}, {kept} ({100 * least[1]['mean']:.0f} %)"
+    seen = f"; {captured['rows']:,} rows looked at" if 2 * captured["rows"] < doc["rows"] else ""
+    return f"{codec}, {kept} ({100 * least[1]['mean']:.0f} %){seen}"
 
 
 def _weights(doc: Doc) -> str:

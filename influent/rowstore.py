@@ -152,6 +152,9 @@ class Shard:
         return f"{self.where}: tensor {key!r}: expected {_words(expected)}, got {_words(got)}"
 
 
+SAMPLED = 64  # shards that `info` opens at most
+
+
 class Index:
     """A finished index, read only."""
 
@@ -227,14 +230,16 @@ def info(index: Index) -> dict[str, Any]:
 
 
 def _captured(index: Index) -> dict[str, Any] | None:
-    """The mean share of the rows' energy that the rank cut kept, overall, and of each block its mean and least; rows
-    that were skipped have none."""
+    """The mean share of the rows' energy that the rank cut kept, overall, and of each block its mean and least, of so
+    many `rows`: those of at most SAMPLED shards, evenly spaced. Rows that were skipped have none."""
     if not index.layout.has_captured or not index.n:
         return None
     import torch
 
     total, least, count = torch.zeros(len(index.keys), dtype=torch.float64), torch.ones(len(index.keys)), 0
-    for shard in index.shards:
+    step = max(1, len(index.shards) / SAMPLED)
+    for number in range(min(SAMPLED, len(index.shards))):
+        shard = index.shards[int(number * step)]
         kept = shard.captured
         assert kept is not None
         made = torch.ones(len(shard), dtype=torch.bool)
@@ -246,7 +251,7 @@ def _captured(index: Index) -> dict[str, Any] | None:
         return None
     means = (total / count).tolist()
     blocks = {key: {"mean": a, "min": b} for key, a, b in zip(index.keys, means, least.tolist(), strict=True)}
-    return {"mean": sum(means) / len(means), "blocks": blocks}
+    return {"mean": sum(means) / len(means), "blocks": blocks, "rows": count}
 
 
 def verify(path: str | os.PathLike[str] | Store) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 ROWS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8", "sign": "U8"}
-FEATURES = {"codec", "append", "ensemble", "residual"}
+FEATURES = {"codec", "append", "ensemble", "residual", "live"}
 
 
 def text_hash(data: bytes) -> str:
@@ -132,7 +132,9 @@ def check_shards(folder: Path, spec: dict, manifest: dict) -> None:
         if spec["layout"][0]["kind"] == "all":
             (only,) = spec["layout"]
             assert only["in"] == sum(part["in"] * part["out"] for part in only["parts"])
-        wanted |= {".id": ("I64", [n])} | {name: ("F32", [n]) for name in (".loss", ".norm", ".tokens")}
+        assert ("live" in manifest["requires"]) == (spec["rows"] == "none")
+        stats = (".loss", ".tokens") if spec["rows"] == "none" else (".loss", ".norm", ".tokens")
+        wanted |= {".id": ("I64", [n])} | {name: ("F32", [n]) for name in stats}
         assert got == wanted
         a, b = entries[".id"]["data_offsets"]
         assert struct.unpack(f"<{n}q", data[start + a : start + b]) == tuple(range(lo, hi))
@@ -159,6 +161,8 @@ def packed(bits: str, count: int) -> int:
 
 def coded(rows: str, block: dict) -> dict:
     """The tensors of a block: name -> (dtype, shape of a row)."""
+    if rows == "none":
+        return {}
     bits, c, name = bits_of(rows), rank_of(rows, block), block["block"]
     scaled = bits in ("int8", "int4", "sign")
     if not c:

@@ -206,3 +206,18 @@ def test_spec_that_is_not_an_index_is_named(store, layout):
     ArtifactWriter.open(other, "index", {"layout": layout, "rows": "float32"}).commit({})
     with pytest.raises(CorruptError, match=r"other/spec\.json: "):
         Index.open(other)
+
+
+def test_info_looks_at_a_bounded_number_of_shards(store, monkeypatch):
+    make_index(store, 40, shard_rows=2, rows="rank:1:int8")
+    index, opened = Index.open(store), set()
+    tensors = index.artifact.tensors
+    monkeypatch.setattr(index.artifact, "tensors", lambda name: opened.add(name) or tensors(name))
+    whole = info(index)["captured"]
+    assert (whole["rows"], len(opened)) == (21, 20)  # all but those skipped
+    opened.clear()
+    monkeypatch.setattr("influent.rowstore.SAMPLED", 4)
+    some = info(index)["captured"]
+    assert sorted(opened) == ["000000", "000005", "000010", "000015"]
+    assert some["rows"] == 5
+    assert some["mean"] == pytest.approx(whole["mean"], abs=0.2)
