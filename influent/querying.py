@@ -3,7 +3,7 @@
 Not here: the queries' gradients and curvature (solving.py), the arithmetic (score.py, reduce.py), the page (report.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,7 @@ from influent.solving import Asked, solve
 from influent.tables import write_array
 from influent.task import Encodes, Task
 
+Scored = Sequence[tuple[int, float]]  # rows with their scores
 NORMALIZATIONS = ("none", "cosine", "relatif")
 SIGNS = {
     "loss": "positive = training on it lowered this loss",
@@ -236,20 +237,22 @@ def _document(
     index = opened.first
     columns = {row: column for column, row in enumerate(_together(drawn).tolist())}
     chance = [[(row, found["random"][i, columns[row]].item()) for row in rows] for i, rows in enumerate(drawn)]
+    ranked = {end: _pairs(found[end]) for end in (("top", "bottom") if bottom else ("top",))}
+    named = _described(index, [*chance, *by_words, *(pairs for each in ranked.values() for pairs in each)])
     return {
         "queries": [
             {
                 "query": i,
                 **content,
-                "top": _ranked(index, found["top"], i, ascending=False),
-                "bottom": _ranked(index, found["bottom"], i, ascending=True) if bottom else [],
+                "top": _ranked(named, ranked["top"][i], index.n, ascending=False),
+                "bottom": _ranked(named, ranked["bottom"][i], index.n, ascending=True) if bottom else [],
             }
             for i, content in enumerate(shown)
         ],
         "method": {**method_facts(opened, fits), **chosen},
         "baselines": {
-            "bm25": [_listed(index, rows) for rows in by_words],
-            "random": [_listed(index, pairs) for pairs in chance],
+            "bm25": [_listed(named, pairs) for pairs in by_words],
+            "random": [_listed(named, pairs) for pairs in chance],
         },
         "skipped": opened.skipped,
         "sign": SIGNS[METHODS[index.notes["method"]].target],
@@ -261,15 +264,25 @@ def _together(drawn: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(sorted({row for rows in drawn for row in rows}))
 
 
-def _ranked(index: Index, ranked: Ranked, query: int, *, ascending: bool) -> list[dict[str, Any]]:
-    pairs = list(zip(ranked.rows[query].tolist(), ranked.scores[query].tolist(), strict=True))
-    rows = _listed(index, pairs)
+def _pairs(ranked: Ranked) -> list[Scored]:
+    """(row, score) of each query, in order."""
+    each = zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
+    return [list(zip(rows, scores, strict=True)) for rows, scores in each]
+
+
+def _described(index: Index, lists: Sequence[Scored]) -> dict[int, dict[str, Any]]:
+    """What a result shows of every row listed: each is read once, in the catalog's order, whatever lists it is in."""
+    numbers = sorted({row for pairs in lists for row, _ in pairs})
+    return dict(zip(numbers, index.catalog.describe(numbers), strict=True))
+
+
+def _ranked(named: Mapping[int, dict[str, Any]], pairs: Scored, n: int, *, ascending: bool) -> list[dict[str, Any]]:
+    rows = _listed(named, pairs)
     for rank, row in enumerate(rows):
-        below = rank if ascending else index.n - 1 - rank
-        row["percentile"] = 100.0 * below / index.n
+        below = rank if ascending else n - 1 - rank
+        row["percentile"] = 100.0 * below / n
     return rows
 
 
-def _listed(index: Index, pairs: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
-    described = index.catalog.describe([row for row, _ in pairs])
-    return [{**row, "score": value} for row, (_, value) in zip(described, pairs, strict=True)]
+def _listed(named: Mapping[int, dict[str, Any]], pairs: Scored) -> list[dict[str, Any]]:
+    return [{**named[row], "score": value} for row, value in pairs]
