@@ -1,9 +1,10 @@
 """GraSS's experiment on music: TRAK with three checkpoints under each compressor, judged by 50 random halves.
 
-Needs what music.py leaves in DIR. Each compressor and size is one ensemble of three indexes with one row for all linear
-layers, of 332,000 entries; so k is half of what it is there, for a fortieth of the gradient. Masks are learned
-once, on the first checkpoint's margins. A dense Gaussian is left out, as there. The damping is chosen for each setting
-on a tenth of the queries and reported on the others, beside the default of relative:0.1.
+Needs what music.py leaves in DIR. Each compressor and size is what `--method trak` makes of three checkpoints, with one
+row for all linear layers. Their gradients have 332,000 entries and are collected once for all compressors; k is half of
+what it is there, for a fortieth of the gradient. Masks are learned once, on the first checkpoint's margins. A dense
+Gaussian is left out, as there. The damping is chosen for each setting on a tenth of the queries and reported on the
+others, beside the default of relative:0.1.
 
     python benchmarks/grass_music.py --work DIR --masks     # --device cuda; --part 0/4 does a quarter
     python benchmarks/grass_music.py --work DIR             # interrupted, it resumes; --only SM,RM --sizes 2048
@@ -16,14 +17,15 @@ finished.
 
 import argparse
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import environment
+import lds
 import numpy as np
 import torch
 from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
@@ -35,6 +37,7 @@ from torch import Tensor
 
 import influent
 from influent.attach import Run, Setting, attach
+from influent.collect import Collector
 from influent.gradients import Flat
 from influent.storage import Store
 
@@ -61,45 +64,66 @@ def learn(work: Path, size: int, device: str) -> None:
         print(f"mask of {size}: {time.time() - began:.1f} s", flush=True)
 
 
-def run(unit: Unit, work: Path, device: str) -> None:
-    """Index, query at each damping, and keep what is predicted of every half."""
-    target = work / "lds" / f"{unit.kind}-{unit.k}.npz"
-    if target.exists():
-        return
-    if unit.mask_size is not None:
-        learn(work, unit.mask_size, device)
-    began, used = time.time(), halves(NUM_SUBSETS, 1)
-    first, *others = models(work)
-    place = work / "indexes" / str(unit)
-    influent.index(
-        first, str(work / "train.jsonl"), str(place), checkpoints=others, method="trak", compress=unit.compress(work),
-        max_length=LENGTH, token_budget=BUDGET, device=device,
-    )  # fmt: skip
-    indexed, scores, found = time.time(), place.with_suffix(".npy"), {}
-    for damping in DAMPINGS:
-        influent.query(
-            str(place), queries=str(work / "queries.jsonl"), damping=damping, k=1, token_budget=BUDGET, device=device,
-            scores=str(scores),
-        )  # fmt: skip
-        found[damping] = ranks(np.load(scores), used)
-    facts = {"compressor": unit.kind, "k": unit.k, "device": device, "index_wall_s": round(indexed - began, 1)}
-    keep(target, found, facts | {"query_wall_s": round(time.time() - indexed, 1)})
-    shutil.rmtree(place)  # gigabytes that the same command makes again
-    scores.unlink()
+def records(work: Path, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def attached(model: str, compress: str, device: str, masks: Path | None = None) -> Iterator[Collector]:
+    """What makes TRAK's rows of a checkpoint under a compressor; `masks` is where a learned one is copied to."""
+    setting = Setting(compress=compress, target="margin", key="all", max_length=LENGTH)
+    index = None if masks is None else Store(str(masks))
+    with attach(model, None, setting, Run(token_budget=BUDGET, device=device), index=index) as ready:
+        yield ready.collector
+
+
+def run(units: Sequence[Unit], work: Path, device: str) -> None:
+    """What each unit predicts of every half, at each damping. The checkpoints' gradients are collected once for all
+    units: the rows, their Fisher matrix (lds.py) and the scores are those of `--method trak` up to rounding."""
+    todo = [unit for unit in units if not target(work, unit).exists()]
+    grid = {damping: float(damping.removeprefix("relative:")) for damping in DAMPINGS}
+    total = {unit: {damping: np.zeros(1) for damping in grid} for unit in todo}
+    residual, took = np.zeros(1), dict.fromkeys(todo, 0.0)
+    for unit in todo:
+        if unit.mask_size is not None:
+            learn(work, unit.mask_size, device)
+    for path in models(work) if todo else []:
+        with attached(path, "id", device) as collector:
+            rows = collector.collect(records(work, "train"), name="row {}".format)
+            asked = collector.collect(records(work, "queries"), name="query {}".format, query=True)
+        assert rows.residual is not None
+        residual = residual + rows.residual.double().cpu().numpy() / NUM_CHECKPOINTS
+        for unit in todo:
+            began = time.process_time()
+            both = [{"all": compressed(each.rows["all"], unit, work, device)} for each in (rows, asked)]
+            for damping, scores in lds.influence(both[0], both[1], list(grid.values())).items():
+                name = next(name for name, value in grid.items() if value == damping)
+                total[unit][name] = total[unit][name] + scores
+            took[unit] += time.process_time() - began
+            print(f"{Path(path).name} {unit}: {time.process_time() - began:.1f} s", flush=True)
+    for unit in todo:
+        found = {damping: ranks(scores * residual, halves(NUM_SUBSETS, 1)) for damping, scores in total[unit].items()}
+        facts = {"compressor": unit.kind, "k": unit.k, "cpu seconds": round(took[unit], 1)}
+        keep(target(work, unit), found, facts)
+
+
+def target(work: Path, unit: Unit) -> Path:
+    return work / "lds" / f"{unit.kind}-{unit.k}.npz"
+
+
+def compressed(gradients: Tensor, unit: Unit, work: Path, device: str) -> Tensor:
+    """Rows [N, k] of whole gradients [N, p]."""
+    with attached(models(work)[0], unit.compress(work), device, work / "bound" / str(unit)) as collector:
+        return torch.cat([collector.bound["all"].join(Flat(part)) for part in gradients.split(BATCH)])
 
 
 def seconds(work: Path, unit: Unit, gradients: Tensor, device: str) -> float:
     """Seconds to compress EXAMPLES gradients that are there already, as GraSS's tables count: of one CPU thread, or of
     the device until it is done. The least of some repeats a batch."""
-    place = work / "timing" / f"{unit}-{device}"
-    setting = Setting(compress=unit.compress(work), target="margin", key="all", max_length=LENGTH)
-    with attach(models(work)[0], None, setting, Run(device=device), index=Store(str(place))) as attached:
-        bound = attached.collector.bound["all"]
-        batches = [Flat(part) for part in gradients.split(BATCH)]
-        if device == "cpu":
-            took = [min(cpu_seconds(partial(bound.join, part)) for _ in range(REPEATS)) for part in batches]
-        else:
-            took = [min(gpu_seconds(partial(bound.join, part)) for _ in range(REPEATS)) for part in batches]
+    clock = cpu_seconds if device == "cpu" else gpu_seconds
+    with attached(models(work)[0], unit.compress(work), device, work / "bound" / str(unit)) as collector:
+        join = collector.bound["all"].join
+        took = [min(clock(partial(join, Flat(part))) for _ in range(REPEATS)) for part in gradients.split(BATCH)]
     return EXAMPLES / len(gradients) * sum(took)
 
 
@@ -120,10 +144,8 @@ def gpu_seconds(call: Callable[[], Any]) -> float:
 
 def all_seconds(work: Path, device: str) -> None:
     """Of every compressor and size, into seconds-DEVICE.json."""
-    setting = Setting(compress="id", target="margin", key="all", max_length=LENGTH)
-    rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()[:FORMED]]
-    with attach(models(work)[0], None, setting, Run(device=device, token_budget=BUDGET)) as attached:
-        gradients = attached.collector.collect(rows, name=str).rows["all"]
+    with attached(models(work)[0], "id", device) as collector:
+        gradients = collector.collect(records(work, "train")[:FORMED], name=str).rows["all"]
     units = [Unit(kind, k) for kind in KINDS for k in SIZES]
     found = {f"{unit.kind}-{unit.k}": round(seconds(work, unit, gradients, device), 4) for unit in units}
     (work / f"seconds-{device}.json").write_text(
@@ -220,7 +242,7 @@ def main() -> None:
         each(todo, lambda size: learn(work, size, given.device))
     else:
         units = [Unit(kind, k) for k in sizes for kind in (given.only.split(",") if given.only else KINDS)]
-        each(share(units, given.part), lambda unit: run(unit, work, given.device))
+        run(share(units, given.part), work, given.device)
 
 
 if __name__ == "__main__":

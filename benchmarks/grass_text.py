@@ -3,7 +3,8 @@
 In place of GPT-2 small on WikiText (4,656 blocks of 512, 481 queries): the GPT-2 of .6 M parameters of ground_truth.py,
 1,000 passages of 64 tokens of State of the Union speeches, 64 queries, 50 random halves; block-diagonal Fisher matrix
 of its 12 linear layers, whose widths of 96 to 384 leave k_l = 4,096 little to compress.
-Everything goes through the package's own verbs. Damping: the best of a relative grid on a tenth of the queries, LDS
+The compressors are applied to gradients that are collected once (lds.py: what an index holds, up to rounding); all
+else goes through the package's own verbs. Damping: the best of a relative grid on a tenth of the queries, LDS
 reported on the others, beside the method's default. TracIn: checkpoints after each of three epochs. Compression
 seconds, as in Table 1 there: 4,656 examples of 512 positions at the layer shapes of GPT-2 small, of one CPU thread
 (or of a GPU).
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import ground_truth
+import lds
 import numpy as np
 import together
 import torch
@@ -37,10 +39,13 @@ from lds import MAX_LENGTH
 from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
 
 import influent
+from influent.attach import Run, Setting, attach
 from influent.bind import Bound, bind
 from influent.compress import Compress
+from influent.damping import DEFAULT as OWN
 from influent.gradients import Outer
 from influent.layers import Block
+from influent.storage import Store
 
 MODEL, NUM_SUBSETS = "gpt2", 50
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -60,6 +65,16 @@ class Entry:
     index: dict[str, Any]
     curvature: str | None = None
     grid: tuple[float, ...] = GRID
+
+    @property
+    def mask(self) -> str:
+        """The folder of its learned mask, if it has one."""
+        return self.index.get("compress", "").partition(" ")[0].removeprefix("select:")
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether its scores can be had from gradients that are held whole."""
+        return self.curvature in (None, "fim", "identity") and "method" not in self.index
 
     @property
     def file(self) -> str:
@@ -134,6 +149,34 @@ def checkpoints(work: Path, device: str) -> tuple[list[str], list[float]]:
     return [str(folder) for folder in folders], [setting.rate * (1 - (e + 0.5) / count) for e in range(count)]
 
 
+def measure_compressed(work: Path, entries: list[Entry], device: str) -> None:
+    """What compressors and whole gradients predict under their Fisher matrix, and without one, from one pass over the
+    model: the maps are those of an index, the Fisher matrix is in its dual form (lds.py)."""
+    todo = [entry for entry in entries if not (work / "table" / f"{entry.file}.npz").exists()]
+    if not todo:
+        return
+    gradients = lds.collect(work, [])
+    used = ground_truth.subsets(NUM_SUBSETS)
+    for entry in todo:
+        began = time.process_time()
+        if Path(entry.mask).is_absolute():
+            learn(work, Path(entry.mask), device)
+        learned, began = time.process_time() - began, time.process_time()
+        setting = Setting(compress=entry.index["compress"], max_length=MAX_LENGTH)
+        with attach(str(work / "model"), None, setting, Run(), index=Store(str(work / "bound" / entry.file))) as ready:
+            bound = ready.collector.bound
+            rows, asked = (lds.compress(each, bound) for each in (gradients.train, gradients.queries))
+        if entry.curvature == "identity":
+            found = {DEFAULT: ranks(lds.products(rows, asked), used)}
+        else:
+            tried = lds.influence(rows, asked, entry.grid)
+            found = {str(damping): ranks(scores, used) for damping, scores in tried.items()}
+            found[DEFAULT] = found[str(OWN.value)]
+        facts = {"name": entry.name, "k": entry.k, "bytes": 4 * sum(row.shape[1] for row in rows.values())}
+        facts |= {"mask cpu seconds": round(learned, 1), "cpu seconds": round(time.process_time() - began, 1)}
+        keep(work / "table" / f"{entry.file}.npz", found, facts)
+
+
 def measure(work: Path, entries: list[Entry], device: str) -> None:
     """One index, and of each of its entries what it predicts at every damping, and at the default."""
     todo = [entry for entry in entries if not (work / "table" / f"{entry.file}.npz").exists()]
@@ -141,8 +184,6 @@ def measure(work: Path, entries: list[Entry], device: str) -> None:
         return
     began, wall = time.process_time(), time.time()
     options, place, models = dict(todo[0].index), work / "indexes" / todo[0].file, [str(work / "model")]
-    if (mask := options.get("compress", "").partition(" ")[0].removeprefix("select:")).startswith("/"):
-        learn(work, Path(mask), device)
     if options.get("method") == "tracin":
         models, options["rates"] = checkpoints(work, device)
         options["checkpoints"] = models[1:]
@@ -275,9 +316,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     others = [row for row in rows if row["k"] is None or "rows" in row["name"]]
     others.sort(key=lambda row: -row["lds"]["mean"])
     places = np.arange(len(others))
-    lds = [row["lds"] for row in others]
-    spread = [[each["mean"] - each["low"] for each in lds], [each["high"] - each["mean"] for each in lds]]
-    right.bar(places, [each["mean"] for each in lds], yerr=spread, color="C7", error_kw={"elinewidth": 0.8})
+    judged = [row["lds"] for row in others]
+    spread = [[each["mean"] - each["low"] for each in judged], [each["high"] - each["mean"] for each in judged]]
+    right.bar(places, [each["mean"] for each in judged], yerr=spread, color="C7", error_kw={"elinewidth": 0.8})
     right.set_xticks(places, [row["name"] for row in others], rotation=60, ha="right", fontsize=8)
     right.set_title("Beside them")
     for axis in (left, right):
@@ -308,7 +349,10 @@ def main() -> None:
         if not (work / "table" / "random.npz").exists():
             references(work)
         chosen = [unit for unit in units(work) if unit[0].name.startswith(given.only or "")]
-        together.each(together.share(chosen, given.part), lambda unit: measure(work, unit, given.device))
+        if given.part.startswith("0/"):
+            measure_compressed(work, [each for unit in chosen for each in unit if each.at_hand], given.device)
+        rest = [left for unit in chosen if (left := [each for each in unit if not each.at_hand])]
+        together.each(together.share(rest, given.part), lambda unit: measure(work, unit, given.device))
 
 
 if __name__ == "__main__":

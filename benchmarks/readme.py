@@ -1,4 +1,7 @@
-"""Write the README's tables from the committed results. `python benchmarks/readme.py [--check]`"""
+"""Write the tables of the README and of docs/grass.md from the committed results.
+
+`python benchmarks/readme.py [--check]`
+"""
 
 import argparse
 import json
@@ -6,22 +9,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grass_page
 from environment import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
+GRASS = README.parent / "docs" / "grass.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if one of them is not up to date")
     arguments = parser.parse_args()
-    text = made = README.read_text()
-    for name, write in (("benchmarks", table), ("frontier", frontier), ("lorif", lorif)):
-        before, rest = made.split(f"<!-- {name} -->")
-        made = f"{before}<!-- {name} -->\n{write()}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
-    if arguments.check:
-        sys.exit(made != text)
-    README.write_text(made)
+    texts = {
+        README: {"benchmarks": table(), "frontier": frontier(), "lorif": lorif(), "grass": grass_page.readme()},
+        GRASS: grass_page.page(),
+    }
+    for path, sections in texts.items():
+        text = made = path.read_text()
+        for name, section in sections.items():
+            before, rest = made.split(f"<!-- {name} -->")
+            made = f"{before}<!-- {name} -->\n{section}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
+        if arguments.check and made != text:
+            sys.exit(1)
+        if not arguments.check:
+            path.write_text(made)
 
 
 def frontier() -> str:
