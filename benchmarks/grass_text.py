@@ -68,8 +68,9 @@ class Entry:
 
     @property
     def mask(self) -> str:
-        """The folder of its learned mask, if it has one."""
-        return self.index.get("compress", "").partition(" ")[0].removeprefix("select:")
+        """The folder of its learned mask, or nothing."""
+        kind, _, place = self.index.get("compress", "").partition(" ")[0].partition(":")
+        return place if kind == "select" else ""
 
     @property
     def at_hand(self) -> bool:
@@ -159,7 +160,7 @@ def measure_compressed(work: Path, entries: list[Entry], device: str) -> None:
     used = ground_truth.subsets(NUM_SUBSETS)
     for entry in todo:
         began = time.process_time()
-        if Path(entry.mask).is_absolute():
+        if entry.mask:
             learn(work, Path(entry.mask), device)
         learned, began = time.process_time() - began, time.process_time()
         setting = Setting(compress=entry.index["compress"], max_length=MAX_LENGTH)
@@ -349,10 +350,14 @@ def main() -> None:
         if not (work / "table" / "random.npz").exists():
             references(work)
         chosen = [unit for unit in units(work) if unit[0].name.startswith(given.only or "")]
-        if given.part.startswith("0/"):
-            measure_compressed(work, [each for unit in chosen for each in unit if each.at_hand], given.device)
+        at_hand = [each for unit in chosen for each in unit if each.at_hand]
+        first = given.part.startswith("0/")
+        if first:
+            measure_compressed(work, [each for each in at_hand if not each.mask], given.device)
         rest = [left for unit in chosen if (left := [each for each in unit if not each.at_hand])]
         together.each(together.share(rest, given.part), lambda unit: measure(work, unit, given.device))
+        if first:  # learning masks takes longer than all else
+            measure_compressed(work, [each for each in at_hand if each.mask], given.device)
 
 
 if __name__ == "__main__":
