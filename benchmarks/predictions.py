@@ -70,9 +70,10 @@ def judge(path: Path, outcomes: np.ndarray) -> Judged:
 
 
 def difference(one: Judged, other: Judged) -> dict[str, Any]:
-    """Of two entries' LDS, query by query; and its mean by each seed alone."""
+    """Of two entries' LDS, query by query; its mean by each seed alone; and that at the default damping of both, which
+    has no part in the luck of the choice."""
     by_seed = (one.by_seed - other.by_seed).mean(1).round(4).tolist()
-    return {**judged(one.each - other.each), "by seed": by_seed}
+    return {**judged(one.each - other.each), "by seed": by_seed, "at default": judged(one.default - other.default)}
 
 
 def ceiling(outcomes: np.ndarray) -> dict[str, float] | None:
@@ -106,8 +107,8 @@ def orderings(
 ) -> list[dict[str, Any]]:
     """Each claim at each size: the difference of LDS, the ratio of seconds by device, and whether either holds.
 
-    `certain` means that the interval and every seed of the trainings say the same of the LDS as the mean does; `holds`
-    is None of what is not measured yet.
+    `certain` means that the interval, every seed of the trainings and the default damping say the same of the LDS as
+    the mean does; `holds` is None of what is not measured yet.
     """
     out = []
     for claim in claims:
@@ -116,7 +117,7 @@ def orderings(
             if (claim.first, k) in found and (claim.second, k) in found:
                 gap = difference(found[claim.first, k], found[claim.second, k])
                 holds = gap["mean"] >= -claim.slack
-                others = [gap["low"] if holds else gap["high"], *gap["by seed"]]
+                others = [gap["low"] if holds else gap["high"], *gap["by seed"], gap["at default"]["mean"]]
                 row |= {"difference": gap, "holds": holds}
                 row["certain"] = all((value >= -claim.slack) == holds for value in others)
             if claim.times is not None:
