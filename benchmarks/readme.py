@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grass_page
+import peers_page
 from environment import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -21,9 +22,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if one of them is not up to date")
     arguments = parser.parse_args()
     texts = {
-        README: {"benchmarks": table(), "frontier": frontier(), "lorif": lorif(), "grass": grass_page.readme()},
+        README: {
+            "benchmarks": table(), "peers": peers_page.readme(), "frontier": frontier(), "lorif": lorif(),
+            "grass": grass_page.readme(),
+        },
         GRASS: grass_page.page(),
-    }
+    }  # fmt: skip
     for path, sections in texts.items():
         text = made = path.read_text()
         for name, section in sections.items():
