@@ -116,8 +116,11 @@ def claims_of(model: str) -> list[tuple[str, str, str, float, float]]:
 
 
 def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The paper's claims, each with the difference and whether it holds: None until both sides are measured. `settled`:
-    the interval has the least difference on one side. `fast`: whether it is as fast as claimed, once that is known."""
+    """The paper's claims, each with the difference and whether it holds: None until both sides are measured.
+
+    `settled`: the interval has the least difference on one side, and so has the mean at the default damping. `fast`:
+    whether it is as fast as claimed, once that is known.
+    """
     by, out = {(one["compressor"], one["k"]): one for one in found}, []
     for k in SIZES:
         for claim, first, second, least, faster in claims_of(model):
@@ -125,8 +128,9 @@ def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
             if (first, k) in by and (second, k) in by:
                 one, other = by[first, k], by[second, k]
                 gap = difference(one, other)
-                entry |= {"difference": gap, "settled": gap["low"] >= least or gap["high"] < least}
-                entry["holds"] = bool(gap["mean"] >= least)
+                entry |= {"difference": gap, "holds": bool(gap["mean"] >= least)}
+                certain = gap["low"] >= least or gap["high"] < least
+                entry["settled"] = bool(certain and (gap["at default"]["mean"] >= least) == entry["holds"])
                 if None not in (one["compress_s"], other["compress_s"]):
                     times = other["compress_s"] / one["compress_s"]
                     entry |= {"times": round(times, 1), "fast": {"cpu": times > faster}}
