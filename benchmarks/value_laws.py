@@ -36,16 +36,17 @@ PARTS: dict[str, Part] = {
     "selection-topic": training.selection("topic"),
     "coverage-topic": intervals.coverage("topic"),
     "selection-trigger": training.selection("trigger"),
+    "selection-natural-topic": training.selection("topic", planted=False),
     "linearity": steps.linearity,
     "attack-topic": attacks.attack("topic"),
     "without": training.without,
     "drift": steps.drift,
+    "selection-natural-president": training.selection("president", planted=False),
     "selection-president": training.selection("president"),
-    "selection-genre": training.selection("genre"),
     "coverage-trigger": intervals.coverage("trigger"),
     "attack-president": attacks.attack("president"),
 }
-DEFAULT = list(PARTS)[:8]  # 40 minutes of one core; --only names others
+DEFAULT = list(PARTS)[:8]  # about 13 minutes of one core a seed; --only names others
 
 
 def main() -> None:

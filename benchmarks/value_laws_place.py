@@ -4,7 +4,7 @@ Not here: the offer itself (offer.py), the laws (value_laws.py).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,34 @@ class Place:
     seed: int
     device: str
     scale: Scale
+    planted: bool = True
 
     @cached_property
     def offer(self) -> Offer:
-        return offer.make(self.data, self.seed, rows=self.scale.rows, base=self.scale.base)
+        made = offer.make(self.data, self.seed, rows=self.scale.rows, base=self.scale.base)
+        if self.planted:
+            return made
+        kept = [row for row, kind in zip(made.rows, made.kinds, strict=True) if kind == "ordinary"]
+        return replace(made, rows=kept, kinds=["ordinary"] * len(kept))
+
+    def natural(self) -> "Place":
+        """The same without the planted rows and their decoys, indexed."""
+        place = replace(self, folder=self.folder / "natural", planted=False)
+        place.folder.mkdir(exist_ok=True)
+        place.indexed(place.teacher, place.index)
+        return place
+
+    @property
+    def models(self) -> Path:
+        return self.folder if self.planted else self.folder.parent
 
     @property
     def teacher(self) -> str:
-        return str(self.folder / "teacher")
+        return str(self.models / "teacher")
 
     @property
     def student(self) -> str:
-        return str(self.folder / "small")
+        return str(self.models / "small")
 
     @property
     def index(self) -> str:

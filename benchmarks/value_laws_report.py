@@ -91,15 +91,16 @@ def coverage(parts: Parts) -> dict[str, Any]:
 def selection(parts: Parts) -> dict[str, Any]:
     """Held-out query loss of each rule less the mean of random draws; `noise` is one random training's deviation.
 
-    The interval of a rule is a t interval over all targets and seeds, of which no two share queries and teacher.
+    The interval of a rule is a t interval over all targets and seeds.
     """
     out: dict[str, Any] = {"targets": {}, "rules": {}}
     gains: dict[str, list[float]] = defaultdict(list)
     ratios: dict[str, list[float]] = defaultdict(list)
-    for target in (t for t in TARGETS if f"selection-{t}" in parts):
+    for part, each in parts.items():
+        target = part.removeprefix("selection-").replace("-", " ")
         cell = out["targets"][target] = {"before": [], "random": [], "noise": [], "gains": defaultdict(list)}
         cell["own"] = defaultdict(list)
-        for document in parts[f"selection-{target}"].values():
+        for document in each.values():
             random = [x for name, s in document["sets"].items() if name.startswith("random") for x in s["losses"]]
             mean, noise = float(np.mean(random)), float(np.std(random, ddof=1))
             cell["before"].append(document["before"])

@@ -18,10 +18,12 @@ def trainer(place: Place, queries: list[dict[str, str]], recipe: Recipe) -> Fine
     return FineTune.load(place.teacher, place.offer.rows, queries, recipe, device=place.device, token_budget=budget)
 
 
-def selection(target: str):
-    """Train on the best tenth for a target by each rule; the loss of held-out queries of its kind."""
+def selection(target: str, *, planted: bool = True):
+    """Train on the best tenth for a target by each rule, of all rows or of those that nobody planted; the loss of
+    held-out queries of its kind."""
 
     def part(place: Place, keep: Keep) -> None:
+        place = place if planted else place.natural()
         train = trainer(place, place.held(target), SELECT)
         document: dict[str, Any] = {
             "target": target, "provider": place.offer.turn.get(target), "queries": len(place.offer.targets[target]),
