@@ -42,8 +42,12 @@ def write(folder: Path) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over seeds and each one."""
-    return {"mean": float(np.mean(values)), "seeds": [float(v) for v in values]}
+    """Mean over seeds and each one; None for what a seed has too few runs to tell."""
+    there = [float(v) for v in values if np.isfinite(v)]
+    return {
+        "mean": float(np.mean(there)) if there else None,
+        "seeds": [float(v) if np.isfinite(v) else None for v in values],
+    }
 
 
 def linearity(parts: Parts) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def drift(place: Place, keep: Keep) -> None:
     shutil.rmtree(folder)
 
 
-def _walk(place: Place, folder: Path) -> tuple[list[float], list[float]]:
+def _walk(place: Place, folder: Path) -> tuple[list[float], list[float | None]]:
     """Train the teacher on the offer, saving it at the moments; the rate at each, and the offer's loss a token."""
     from transformers import AutoTokenizer
 
@@ -245,7 +245,7 @@ def _walk(place: Place, folder: Path) -> tuple[list[float], list[float]]:
             steps.model.save_pretrained(where)
             tokenizer.save_pretrained(where)
             rates.append(RATE * (1 - step / len(order)))
-            losses.append(float(np.mean(recent)) if recent else float("nan"))
+            losses.append(float(np.mean(recent)) if recent else None)
             recent = []
         if step == len(order):
             break
@@ -256,7 +256,7 @@ def _walk(place: Place, folder: Path) -> tuple[list[float], list[float]]:
         adam.zero_grad()
         (each.sum() / tokens).backward()
         adam.step()
-        recent.append(float(each.sum()) / tokens)
+        recent.append(float(each.detach().sum()) / tokens)
     return rates, losses
 
 

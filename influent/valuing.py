@@ -194,21 +194,23 @@ def _beside(
     diversity: float,
     progress: Progress | None,
 ) -> Callable[[str, Sequence[str]], float]:
-    """The marginal value of a provider's rows: <g_Q - mu s, sum of its g_z>, s the sum of the rows bought, and
-    mu = `diversity` / N; rows of unit length under cosine."""
+    """The marginal value of a provider's rows, taken one after another: the sum over them of <g_Q - mu s, g_z>, s the
+    sum of the rows taken before, of those bought and of its own, and mu = `diversity` / N; rows of unit length under
+    cosine. Over its own rows in any order, sum <s, g_z> = (|sum g_z|^2 - sum |g_z|^2) / 2."""
+    squares = rowsums.lengths(index).double().square()
     weights = torch.zeros(len(groups.names), index.n)
     weights[torch.from_numpy(groups.labels), torch.arange(index.n)] = 1.0
     if normalize == "cosine":
-        lengths = rowsums.lengths(index)
-        weights *= torch.where(lengths > 0, 1 / lengths, 0.0)
+        weights *= torch.where(squares > 0, squares.rsqrt(), 0.0).float()
     sums = rowsums.weighted(index, weights, progress=progress)
     own = sum((total.double() @ asked[key][0].double() for key, total in sums.items()), torch.zeros(()))
     gram = sum((total.double() @ total.double().T for total in sums.values()), torch.zeros(()))
+    repeated = (gram.diagonal() - weights.double().square() @ squares) / 2
     place = {name: g for g, name in enumerate(groups.names)}
 
     def marginal(name: str, bought: Sequence[str]) -> float:
         taken = sum(float(gram[place[name], place[other]]) for other in bought)
-        return float(own[place[name]]) - diversity / index.n * taken
+        return float(own[place[name]]) - diversity / index.n * (taken + float(repeated[place[name]]))
 
     return marginal
 

@@ -21,10 +21,12 @@ from influent.bootstrap import Means
 from influent.cli import run
 from influent.errors import DataError, MismatchError, SpecError
 from influent.maps import draw
+from influent.providers import Groups
 from influent.rng import Stream
 from influent.rowstore import Index
+from influent.target import direction
 from influent.value_page import html_page, value_records
-from influent.valuing import row_values
+from influent.valuing import _beside, row_values
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "schemas" / "value.json").read_text())
 WIDTHS = {"a": 6, "b": 4}
@@ -129,12 +131,13 @@ def test_payments_sum_to_the_cent_and_copies_cost_with_diversity(here, tmp_path)
     assert paid == 9999
     assert document["payments"]["rule"] == "lower_bound"
     bought = {}
-    for mu in (0.0, 1e6):
+    for mu in (0.0, 1.0, 1e6):
         money = value_of(here, budget="10", costs=str(tmp_path / "costs.csv"), diversity=mu)["payments"]
         bought[mu] = list(money["purchase"]["payments"])
         assert len(money["mechanism"]["payments"]) <= 3
     assert len(bought[0.0]) == 2
-    assert len(bought[1e6]) == 1  # whatever is like what was bought is then worth less than nothing
+    assert len(bought[1.0]) <= 2
+    assert bought[1e6] == []  # whatever is like what was taken, of one's own too, is then worth less than nothing
 
 
 def test_no_price_without_enough_queries(here, tmp_path, capsys):
@@ -250,6 +253,26 @@ def test_sketched_linfik_is_unbiased(kind):
     maps = [draw(kind, 24, 6, stream=Stream(seed, "a", kind, "flat/0")) for seed in range(400)]
     sketched = np.stack([(m(rows) @ m(queries).mean(0)).numpy() for m in maps])
     assert np.all(np.abs(sketched.mean(0) - exact) < 4 * sketched.std(0) / 20)
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_a_provider_beside_others_is_worth_its_rows_one_after_another(tmp_path, normalize):
+    """Six rows of two providers, one of which repeats a row: <g_Q - mu s, g_z> summed, s all that was taken before."""
+    rows, queries = random_rows(6, WIDTHS), random_rows(3, WIDTHS, seed=1)
+    rows = {key: x[[0, 1, 2, 3, 3, 3]] for key, x in rows.items()}
+    index, groups = write_index(tmp_path, rows), Groups("provider", ["a", "b"], np.array([0, 0, 0, 1, 1, 1]))
+    asked = direction(queries, normalize)
+    flat = torch.cat([rows[key] for key in asked], 1).double()
+    wanted = torch.cat([q[0] for q in asked.values()]).double()
+    flat = flat / flat.norm(dim=1, keepdim=True) if normalize == "cosine" else flat
+    marginal = _beside(index, groups, asked, normalize, 3.0, None)
+    for name, before, own in (("a", [], [0, 1, 2]), ("b", [], [3, 4, 5]), ("b", ["a"], [3, 4, 5])):
+        taken = flat[[0, 1, 2]].sum(0) if before else torch.zeros_like(flat[0])
+        total = 0.0
+        for row in own:
+            total += float((wanted - 3.0 / 6 * taken) @ flat[row])
+            taken = taken + flat[row]
+        assert marginal(name, before) == pytest.approx(total, rel=1e-4)
 
 
 def test_sums_and_lengths_are_the_oracles(tmp_path):
