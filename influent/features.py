@@ -1,7 +1,9 @@
 """Features of a row from one forward pass of a small model: what a student knows of it.
 
 `lm`: of a causal language model, the mean hidden state over the row and over its target tokens, the mean readout
-residual W^T (p - onehot) over them (the gradient of the loss by the last hidden state), the loss and the lengths.
+residual e = W^T (p - onehot) over them (the gradient of the loss by the last hidden state h), the loss, the lengths,
+and the mean of e h^T: the gradient of the readout's weights as W sees it, which the same forward pass gives. A wide
+model's e and h are mapped to 48 numbers first.
 `encoder`: of a sentence encoder, the mean of its last hidden states. No gradient is taken. Not here: what is made of
 the features (student.py).
 """
@@ -19,12 +21,15 @@ from influent.collect import pack
 from influent.errors import SpecError
 from influent.layers import device_of
 from influent.lexical import Bm25, TfIdf
+from influent.maps import draw
 from influent.records import display_text
+from influent.rng import Stream
 from influent.task import CausalLM, Part, describe
 
 Content = Mapping[str, Any]
 MAX_LENGTH = 512
 PIECE = 1 << 20  # logits worked on at once for the readout residual
+SIDE = 48  # of e h^T, at most
 
 
 @runtime_checkable
@@ -69,10 +74,19 @@ class Words:
 
 
 class LanguageModel:
-    """Features of a causal language model, frozen."""
+    """Features of a causal language model, frozen.
 
-    def __init__(self, model: nn.Module, task: CausalLM, *, token_budget: int = 4096, kind: str = "lm") -> None:
-        self.model, self.task, self.token_budget = model, task, token_budget
+    Args:
+        side: of the mean of e h^T, at most; 0, as in students before it was there, for none of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: CausalLM, *, token_budget: int = 4096, kind: str = "lm", side: int = SIDE
+    ) -> None:
+        self.model, self.task, self.token_budget, self.side = model, task, token_budget, side
+        width = cast(Any, model).get_output_embeddings().weight.shape[1]
+        streams = [Stream(0, "student", "rademacher", name) for name in (("out/0", "in/0") if side else ())]
+        self._sides = [draw("rademacher", width, side, stream=stream).to(device_of(model)) for stream in streams]
         self.facts: dict[str, Any] = {
             "kind": kind,
             "model": loading.fingerprint(model),
@@ -80,6 +94,7 @@ class LanguageModel:
             "parameters": sum(p.numel() for p in model.parameters()),
             "max_length": task.max_length,
             "task": describe(task),
+            **({"side": side} if side else {}),
         }
 
     @property
@@ -106,14 +121,15 @@ class LanguageModel:
             counts.index_add_(0, where, torch.tensor([[part.length, part.targets] for _, part in batch]).double())
         if sums is None:
             raise SpecError("none of these rows has a token to predict")
-        width = (sums.shape[1] - 1) // 3
+        width = cast(Any, self.model).get_output_embeddings().weight.shape[1]
+        over_row, over_targets, loss, products = sums.split([width, 2 * width, 1, sums.shape[1] - 3 * width - 1], dim=1)
         tokens, targets = counts[:, :1].clamp(min=1), counts[:, 1:].clamp(min=1)
-        means = [sums[:, :width] / tokens, sums[:, width : 3 * width] / targets, sums[:, -1:] / targets]
-        lengths = [sums[:, -1:].clamp(min=0).log1p(), counts[:, :1].log1p(), counts[:, 1:].log1p()]
-        return torch.cat([*means, *lengths], dim=1), counts[:, 1]
+        means = [over_row / tokens, over_targets / targets, loss / targets]
+        lengths = [loss.clamp(min=0).log1p(), counts[:, :1].log1p(), counts[:, 1:].log1p()]
+        return torch.cat([*means, *lengths, products / targets], dim=1), counts[:, 1]
 
     def _batch(self, parts: Sequence[Part]) -> Float[Tensor, "B F"]:
-        """Sums over each part's positions: hidden states, those at targets, residuals, and the loss."""
+        """Sums over each part's positions: hidden states, those at targets, residuals, the loss, and products."""
         device = device_of(self.model)
         inputs = self.task.collate(parts)
         ids, labels = inputs["input_ids"].to(device), inputs["labels"].to(device)
@@ -126,24 +142,30 @@ class LanguageModel:
         before = nn.functional.pad(at, (0, 1))
         over_row = (hidden * inside.unsqueeze(-1)).sum(1)
         over_targets = (hidden * before.unsqueeze(-1)).sum(1)
-        residual, loss = self._readout(logits, before, labels)
-        return torch.cat([over_row, over_targets, residual, loss.unsqueeze(1)], dim=1)
+        residual, loss = self._readout(logits, before, labels)  # [n, H], [n]: of the targets, row by row
+        row = before.nonzero(as_tuple=True)[0]
+        sums = [each.new_zeros(len(ids), each.shape[1]).index_add(0, row, each) for each in (residual, loss)]
+        found = [over_row, over_targets, *sums]
+        if self._sides:
+            out, inside = (side(x) for side, x in zip(self._sides, (residual, hidden[before]), strict=True))
+            places = before.nonzero(as_tuple=True)
+            spread = [hidden.new_zeros(*before.shape, x.shape[1]).index_put(places, x) for x in (out, inside)]
+            found.append(torch.einsum("bto,bti->boi", *spread).flatten(1))
+        return torch.cat(found, dim=1)
 
     def _readout(self, logits: Tensor, before: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums over a row's targets of W^T (p - onehot) [B, H], and of the loss [B]."""
+        """W^T (p - onehot) [n, H] and the loss [n, 1] of each target, row by row."""
         head = cast(Any, self.model).get_output_embeddings().weight.float()  # [V, H]
         rows, places = before.nonzero(as_tuple=True)
         wanted = labels[rows, places + 1]
-        residual = head.new_zeros(len(logits), head.shape[1])
-        loss = residual.new_zeros(len(logits))
         step = max(1, PIECE // logits.shape[-1])
+        residuals, losses = [], []
         for lo in range(0, len(rows), step):
             part = slice(lo, lo + step)
-            picked = logits[rows[part], places[part]].float()  # [m, V]
-            logp = picked.log_softmax(-1)
-            loss.index_add_(0, rows[part], -logp.gather(1, wanted[part].unsqueeze(1)).squeeze(1))
-            residual.index_add_(0, rows[part], logp.exp() @ head - head[wanted[part]])
-        return residual, loss
+            logp = logits[rows[part], places[part]].float().log_softmax(-1)  # [m, V]
+            losses.append(-logp.gather(1, wanted[part].unsqueeze(1)))
+            residuals.append(logp.exp() @ head - head[wanted[part]])
+        return torch.cat(residuals), torch.cat(losses)
 
 
 class Encoder:
@@ -184,12 +206,15 @@ class Encoder:
 
 
 def load_lm(
-    path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None, kind: str = "lm"
-) -> LanguageModel:
+    path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None, kind: str = "lm",
+    side: int = SIDE,
+) -> LanguageModel:  # fmt: skip
     """The small model at a path; rows longer than it reads are cut into parts."""
     model, tokenizer = loading.load(path, dtype="float32", device=device)
     longest = min(max_length, loading.context_length(model) or max_length)
-    return LanguageModel(model, CausalLM(tokenizer, max_length=longest), token_budget=token_budget, kind=kind)
+    return LanguageModel(
+        model, CausalLM(tokenizer, max_length=longest), token_budget=token_budget, kind=kind, side=side
+    )
 
 
 def load_encoder(path: str, *, max_length: int = MAX_LENGTH, token_budget: int, device: str | None) -> Encoder:

@@ -133,7 +133,9 @@ def _features(
         raise SpecError(f"{store}: does not say where its small model is; give --model")
     given: dict[str, Any] = {"max_length": facts["max_length"], "token_budget": token_budget, "device": device}
     lm = facts["kind"] in ("lm", "tuned")
-    features = load_lm(where, kind=facts["kind"], **given) if lm else load_encoder(where, **given)
+    # Students made before e h^T was a feature have no `side`.
+    sided = {"kind": facts["kind"], "side": facts.get("side", 0)} if lm else {}
+    features = load_lm(where, **sided, **given) if lm else load_encoder(where, **given)
     if features.facts != facts:
         name = next(name for name in facts if features.facts.get(name) != facts[name])
         raise MismatchError(

@@ -27,7 +27,7 @@ LEVELS = [
     ["appending", "attach", "choosing", "filling", "methods", "querying", "recompute", "score", "solving", "finetune",
      "judging", "rerun", "tailpatch", "providers", "settling", "target", "valuing", "contenders", "masking",
      "relevance", "selecting", "distilling", "student", "features", "tuning", "appraising", "auditing", "offers",
-     "commitments", "untrained"],
+     "commitments", "untrained", "imitating"],
     ["cli", "demo", "options", "preflight", "report", "terminal", "cli_value", "value_page", "cli_evaluate",
      "evaluating", "plots", "scorecard", "trial", "cli_mask", "explainer"],
     ["__main__"],

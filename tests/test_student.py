@@ -19,9 +19,10 @@ from influent.distilling import split
 from influent.errors import CorruptError, DataError, MismatchError, SpecError
 from influent.features import load_encoder, load_lm
 from influent.providers import Groups
+from influent.ridge import fit, linear
 from influent.rowstore import Index
 from influent.storage import Store
-from influent.student import open_student
+from influent.student import Head, open_student, save
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 WORDS = ["old", "new", "red", "blue", "big", "small", "fine", "odd"]
@@ -76,7 +77,7 @@ def test_features_are_those_of_one_row_at_a_time_by_autograd(here):
     made = load_lm(str(here / "small"), max_length=16, token_budget=64, device="cpu")
     x, tokens = made(ROWS)
     for row, got, count in zip(ROWS, x, tokens, strict=True):
-        whole, at_targets, residual, losses, length, targets = [], [], [], [], 0, 0
+        whole, at_targets, residual, products, losses, length, targets = [], [], [], [], [], 0, 0
         for part in made.task.parts(row):
             ids, wanted, _ = part.inputs
             out = made.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
@@ -88,12 +89,37 @@ def test_features_are_those_of_one_row_at_a_time_by_autograd(here):
             whole.append(hidden.detach().sum(0))
             at_targets.append(hidden.detach()[[t - 1 for t in places]].sum(0))
             residual.append(grad.sum(0))
+            products.append(grad.T @ hidden.detach())
             losses.append(float(loss.detach()))
             length, targets = length + len(ids), targets + len(places)
         parts = [sum(whole) / length, sum(at_targets) / targets, sum(residual) / targets]
         ends = [sum(losses) / targets, np.log1p(sum(losses)), np.log1p(length), np.log1p(targets)]
         assert count == targets
-        assert np.allclose(got, torch.cat([*parts, torch.tensor(ends)]), rtol=1e-4, atol=1e-5)
+        last = (sum(products) / targets).flatten()
+        assert np.allclose(got, torch.cat([*parts, torch.tensor(ends), last]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_models_products_are_mapped_on_both_sides(here):
+    whole, few, none = (load_lm(str(here / "small"), side=side, token_budget=64, device="cpu") for side in (48, 3, 0))
+    wanted, _ = whole(ROWS)
+    rest = wanted.shape[1] - 64
+    out, inside = (
+        np.stack([s(torch.eye(8)[i : i + 1]).numpy()[0] for i in range(8)], axis=1) for s in few._sides
+    )  # fmt: skip
+    products = out @ wanted[:, rest:].reshape(-1, 8, 8) @ inside.T
+    got, _ = few(ROWS)
+    assert np.allclose(got[:, rest:], products.reshape(-1, 9), rtol=1e-4, atol=1e-5)
+    assert np.allclose(none(ROWS)[0], wanted[:, :rest])
+    assert "side" not in none.facts
+
+
+def test_a_student_of_the_features_that_were_before_still_opens(here, tmp_path):
+    made = load_lm(str(here / "small"), side=0, token_budget=64, device="cpu")
+    x, _ = made(ROWS)
+    ridge, _ = fit(np.concatenate([x, x + 1]), np.arange(6.0))
+    head = Head(ridge, linear(np.arange(3.0), np.arange(3.0)))
+    save(Store(str(tmp_path)), {"rung": "lm"}, made, head, summary={}, notes={"model": str(here / "small")})
+    assert np.allclose(open_student(str(tmp_path), device="cpu")(ROWS)[0], head(x), atol=1e-4)
 
 
 def test_the_untrained_baseline_is_the_small_models_linfik(here, tmp_path):

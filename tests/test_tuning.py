@@ -36,7 +36,7 @@ def test_it_learns_what_the_frozen_model_does_not_say(here, tmp_path):  # noqa: 
     ridge, _ = fit(x[~out], y[~out])
     frozen, tuned = (((p - y[out]) ** 2).mean() for p in (ridge(x[out]), found.predicted))
     assert found.epochs > 0
-    assert tuned < 0.85 * frozen
+    assert tuned < 0.92 * frozen
 
 
 def test_without_a_gain_the_start_is_kept(here, tmp_path):  # noqa: F811
