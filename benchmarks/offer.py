@@ -105,7 +105,7 @@ def make(data: Path, seed: int, *, rows: int = ROWS, base: int | None = None) ->
     ]  # fmt: skip
     pairs = plants + [("ordinary", row) for row in offered[: rows - len(plants)]]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    targets = {name: [_plain(row) for row in found] for name, found in targets.items()}
+    targets = {name: plain(found) for name, found in targets.items()}
     return Offer([_plain(row) for _, row in pairs], [kind for kind, _ in pairs], targets, turn, held, rest)
 
 
@@ -214,6 +214,11 @@ def _spread(held: dict[str, list[Row]], num: int) -> list[Row]:
     """`num` passages taken out of `held`, from its providers in turn."""
     names = sorted(held)
     return [held[names[i % len(names)]].pop() for i in range(num)]
+
+
+def plain(rows: Sequence[Row]) -> list[Row]:
+    """Rows as they are offered."""
+    return [_plain(row) for row in rows]
 
 
 def _plain(row: Row) -> Row:

@@ -5,7 +5,8 @@
 
 An offer of 20,000 rows (offer.py), valued for four targets by teachers of three sizes. For each seed, teacher and
 target: the AUC of the planted rows' values against ordinary rows and each decoy, BM25 beside it; for each rung of the
-ladder and number of labels the Spearman correlation and the recall of the best 5 % on rows that were not labelled; how
+ladder (`imitated` is `lm` with a student that has learnt to predict as its teacher does, influent/imitating.py) and
+number of labels the Spearman correlation and the recall of the best 5 % on rows that were not labelled; how
 well values of compressed gradients agree with those of whole ones; seconds for a labelled and an appraised row.
 
 OUT/SEED.json is written after each step and what it holds is not measured again; DIR keeps models and indices.
@@ -26,13 +27,15 @@ from environment import environment
 import influent
 from influent import baselines, distilling, features, metrics, target, untrained, valuing
 from influent.attach import Run, Setting, attach
+from influent.imitating import imitate
 from influent.lexical import Bm25, TfIdf
 from influent.records import display_text
 from influent.rowstore import Index
 
 COMPRESS, LENGTH = "rademacher:32x32", 128
-SIZES, LABELS, TEST = ("0.5M", "3M", "11M"), (250, 500, 1000, 2000), 6000
-WHOLE = 512  # rows whose gradients are compared with compressed ones
+SIZES, SHARES, TEST = ("0.5M", "3M", "11M"), (0.04, 0.1), 2000  # shares of the rows that are labelled
+IMITATED = 6000  # passages on which the student learns to predict as its teacher does
+WHOLE = 256  # rows whose gradients are compared with compressed ones
 TIMED = {"cpu": {"0.5M": 256, "3M": 128, "11M": 64}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
 APPRAISED = {"cpu": 1024, "cuda": 16384}
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens a batch
@@ -82,6 +85,19 @@ class Work:
         folder = self.folder / size
         offer.model(size, self.data, self.offer.base, folder, seed=self.seed, device=self.device)
         return str(folder)
+
+
+def imitated(work: Work, size: str) -> str:
+    """The student once it predicts as the teacher does, on passages that both have read."""
+    folder = str(work.folder / f"student-{size}")
+    work.step(
+        size, "imitation",
+        make=lambda: imitate(
+            work.model("student"), work.model(size), offer.plain(work.offer.base[:IMITATED]), out=folder,
+            max_length=LENGTH, seed=work.seed, device=work.device,
+        ),
+    )  # fmt: skip
+    return folder
 
 
 def valued(work: Work, size: str) -> dict[str, np.ndarray]:
@@ -210,28 +226,30 @@ class Students:
     """The ladder over one seed's offer. Which rows are labelled depends on neither teacher nor target, and a larger
     number of labels contains a smaller; all rungs are measured on the same rows, that are never labelled."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, size: str) -> None:
         self.work, rows = work, work.offer.rows
         names = {name: i for i, name in enumerate(work.offer.providers)}
         self.groups = np.array([names[row["provider"]] for row in rows])
-        most, _ = distilling.split(self.groups, LABELS[-1], seed=work.seed)
+        self.counts = [round(share * len(rows)) for share in SHARES]
+        most, _ = distilling.split(self.groups, self.counts[-1], seed=work.seed)
         rest = np.setdiff1d(np.arange(len(rows)), most)
         self.test = np.sort(np.random.default_rng(work.seed).permutation(rest)[:TEST])
         self.used = np.union1d(most, self.test)
         self.rows, self.texts = rows, [display_text(dict(row)) for row in rows]
-        model = features.load_lm(work.model("student"), token_budget=work.budget, device=work.device)
-        self.lm = np.zeros((len(rows), 0), np.float32)
-        for lo in range(0, len(self.used), 2048):
-            some = self.used[lo : lo + 2048]
-            made = model([rows[row] for row in some])[0]
-            if not self.lm.size:
-                self.lm = np.zeros((len(rows), made.shape[1]), np.float32)
-            self.lm[some] = made
+        self.states = {"lm": self.seen(work.model("student")), "imitated": self.seen(imitated(work, size))}
+
+    def seen(self, folder: str) -> np.ndarray:
+        """A small model's features of the rows that are used."""
+        model = features.load_lm(folder, token_budget=self.work.budget, device=self.work.device)
+        parts = [model([self.rows[row] for row in self.used[lo : lo + 512]])[0] for lo in range(0, len(self.used), 512)]
+        out = np.zeros((len(self.rows), parts[0].shape[1]), np.float32)
+        out[self.used] = np.concatenate(parts)
+        return out
 
     def made(self, rung: str, queries: list[str], fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """Features of rows by number."""
-        if rung == "lm":
-            return lambda rows: self.lm[rows]
+        if rung in self.states:
+            return lambda rows: self.states[rung][rows]
         seen = [self.texts[row] for row in fitted]
         words = TfIdf.fit(seen) if rung == "tfidf" else Bm25.fit(seen, queries)
         return lambda rows: words([self.texts[row] for row in rows])
@@ -241,7 +259,7 @@ class Students:
         chosen, held = distilling.split(self.groups, labels, seed=self.work.seed)
         queries = [display_text(dict(query)) for query in self.work.offer.targets[name]]
         out = []
-        for rung in ("bm25", "tfidf", "lm"):
+        for rung in ("bm25", "tfidf", "lm", "imitated"):
             made = self.made(rung, queries, chosen[~held])
             head, left_out = distilling.fitted(made(chosen[~held]), values[chosen[~held]], kind=rung)
             scores = np.concatenate([head(made(part)) for part in np.array_split(self.test, 8)])
@@ -257,7 +275,7 @@ class Students:
 
     def own(self, name: str, values: np.ndarray) -> Document:
         """The small model's own LinFiK, which takes its gradients and no label."""
-        some = self.test[:2000]
+        some = self.test[:600]
         found = untrained.own_values(
             self.work.model("student"), [self.rows[row] for row in some], target.read(self.work.file(name)),
             normalize="cosine", max_length=LENGTH, token_budget=self.work.budget, device=self.work.device,
@@ -279,28 +297,34 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--rows", type=int, default=offer.ROWS)
     parser.add_argument("--base", type=int, default=60_000, help="passages that the models read")
-    parser.add_argument("--no-costs", action="store_true", help="time nothing")
+    parser.add_argument("--stages", default="values,students,costs", help="those to do; students need values")
     given = parser.parse_args()
     torch.set_num_threads(1)
     work = Work(given)
     work.model("student")
-    students = Students(work)
+    stages = given.stages.split(",")
     for size in given.sizes.split(","):
-        values = valued(work, size)
-        index = Index.open(str(work.folder / f"index-{size}"))
-        if "bm25" not in work.found.get(size, {}):
-            work.step(size, "bm25", make=lambda index=index, values=values: words_found(work, index, values))
-        for name, each in values.items():
-            work.step(size, "own", name, make=lambda name=name, each=each: students.own(name, each))
-            for labels in LABELS:
-                work.step(
-                    size, "students", name, str(labels),
-                    make=lambda name=name, each=each, labels=labels: students.ladder(name, each, labels),
-                )  # fmt: skip
-        work.step(size, "agreement", make=lambda size=size, values=values: agreement(work, size, values))
-        if not given.no_costs:
+        values = valued(work, size) if "values" in stages else {}
+        if "students" in stages:
+            ladders(work, size, values)
+        if "costs" in stages:
             for device in dict.fromkeys(("cpu", given.device)):
                 work.step(size, "cost", device, make=lambda size=size, device=device: costs(work, size, device))
+
+
+def ladders(work: Work, size: str, values: Mapping[str, np.ndarray]) -> None:
+    """All that is asked of students, and of values beside them, for one teacher."""
+    students = Students(work, size)
+    for name, each in values.items():
+        for labels in students.counts:
+            work.step(
+                size, "students", name, str(labels),
+                make=lambda name=name, each=each, labels=labels: students.ladder(name, each, labels),
+            )  # fmt: skip
+        work.step(size, "own", name, make=lambda name=name, each=each: students.own(name, each))
+    index = Index.open(str(work.folder / f"index-{size}"))
+    work.step(size, "bm25", make=lambda: words_found(work, index, values))
+    work.step(size, "agreement", make=lambda: agreement(work, size, values))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""All seeds of value.py together: results/value.json, and docs/students.png.
+
+    python benchmarks/value_report.py OUT
+
+Means over seeds, and where it says `low`, the worst of them. Break-even rows are from how many rows on labelling some
+and appraising all costs less than labelling all: labels * ratio / (ratio - 1).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import RESULTS
+
+Document = dict[str, Any]
+DOCS = Path(__file__).parent.parent / "docs"
+COLORS = {"bm25": "tab:gray", "tfidf": "tab:olive", "encoder": "tab:purple", "lm": "tab:blue", "imitated": "tab:red"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    seeds = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*.json"))}
+    found = list(seeds.values())
+    sizes = [size for size in ("0.5M", "3M", "11M") if all(size in one for one in found)]
+    document = {
+        "environment": found[0]["environment"],
+        "seeds": list(seeds),
+        "rows": [one["rows"] for one in found],
+        "turn": [one["turn"] for one in found],
+        "detection": {size: detection([one[size] for one in found]) for size in sizes},
+        "students": {size: students([one[size] for one in found]) for size in sizes},
+        "agreement": {size: each([one[size].get("agreement", {}) for one in found]) for size in sizes},
+        "cost": {size: costs([one[size].get("cost", {}) for one in found]) for size in sizes},
+    }
+    text = json.dumps(document, indent=1)
+    (RESULTS / "value.json").write_text(text + "\n")
+    plot(document["students"], DOCS / "students.png")
+    print(text)
+
+
+def summary(values: Iterable[float]) -> Document:
+    x = np.array(list(values))
+    return {"mean": float(x.mean()), "low": float(x.min()), "high": float(x.max())}
+
+
+def detection(found: Sequence[Document]) -> Document:
+    """Of the target `trigger`: the AUC of the planted rows against each other kind, by score."""
+    by_score = {form: [one["auc"]["trigger"][form] for one in found] for form in found[0]["auc"]["trigger"]}
+    by_score["bm25"] = [one["bm25"]["trigger"]["auc"] for one in found]
+    return {name: {kind: summary(r[kind] for r in rows) for kind in rows[0]} for name, rows in by_score.items()}
+
+
+def students(found: Sequence[Document]) -> list[Document]:
+    """Each target, rung and number of labels; and the small model's own LinFiK, which has none."""
+    out = []
+    for target in found[0]["students"]:
+        cells: dict[tuple[str, str], list[Document]] = {}
+        for one in found:
+            for labels, rungs in one["students"][target].items():
+                for rung in rungs:
+                    cells.setdefault((rung["rung"], labels), []).append(rung)
+        for (rung, labels), made in cells.items():
+            numbers = {name: summary(m[name] for m in made) for name in ("spearman", "recall", "held out")}
+            out.append({"target": target, "rung": rung, "labels": int(labels), "seeds": len(made), **numbers})
+        own = [one["own"][target] for one in found]
+        numbers = {name: summary(m[name] for m in own) for name in ("spearman", "recall")}
+        out.append({"target": target, "rung": "own LinFiK", "labels": 0, "seeds": len(own), **numbers})
+        plain = [one["bm25"][target]["spearman"] for one in found]
+        out.append({"target": target, "rung": "bm25 score", "labels": 0, "seeds": len(own), "spearman": summary(plain)})
+    return out
+
+
+def each(found: Sequence[Document]) -> Document:
+    return {name: summary(one[name] for one in found if name in one) for name in found[0]}
+
+
+def costs(found: Sequence[Document]) -> Document:
+    """By device: seconds a row, their ratio, and the break-even rows of 1,000 labels."""
+    out: Document = {}
+    for device in sorted({device for one in found for device in one}):
+        made = [one[device] for one in found if device in one]
+        label, appraise = (float(np.median([m[name] for m in made])) for name in ("label", "appraise"))
+        ratio = label / appraise
+        out[device] = {
+            "label": label, "appraise": appraise, "ratio": ratio,
+            "ratios": [m["ratio"] for m in made],
+            "break_even_rows": ceil(1000 * ratio / (ratio - 1)) if ratio > 1 else None,
+            "arithmetic": 2 * made[0]["teacher_parameters"] / made[0]["student_parameters"],
+        }  # fmt: skip
+    return out
+
+
+def plot(found: dict[str, list[Document]], path: Path) -> None:
+    """Spearman against labels, a row of panels for each size of teacher, a panel a target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    targets = list(dict.fromkeys(row["target"] for rows in found.values() for row in rows))
+    shape = len(found), len(targets)
+    figure, axes = pyplot.subplots(
+        *shape, figsize=(3.1 * shape[1], 2.5 * shape[0]), squeeze=False, sharex=True, sharey=True
+    )
+    for line, (size, rows) in zip(axes, found.items(), strict=True):
+        for axis, target in zip(line, targets, strict=True):
+            own = [row for row in rows if row["target"] == target]
+            for rung in dict.fromkeys(row["rung"] for row in own if row["labels"]):
+                points = sorted(
+                    (row["labels"], *row["spearman"].values()) for row in own if row["rung"] == rung and row["labels"]
+                )
+                labels, mean, low, high = np.array(points).T
+                axis.plot(labels, mean, "o-", color=COLORS[rung], label=rung, markersize=3)
+                axis.fill_between(labels, low, high, color=COLORS[rung], alpha=0.15, linewidth=0)
+            base = next(row for row in own if row["rung"] == "own LinFiK")["spearman"]["mean"]
+            axis.axhline(base, color="0.3", linestyle=":", linewidth=1, label="the small model's own LinFiK")
+            axis.axhline(0.8, color="tab:green", linewidth=0.6)
+            axis.set(xscale="log", title=f"{size} teacher, {target}")
+            axis.set_xticks([250, 600], ["250", "600"])
+            axis.minorticks_off()
+            axis.grid(alpha=0.25)
+    for line in axes:
+        line[0].set_ylabel("Spearman")
+    for axis in axes[-1]:
+        axis.set_xlabel("labelled rows")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
