@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["llama", "gpt2", "qwen"])
     parser.add_argument("--curvature", nargs="+", default=list(CURVATURES))
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--damping", nargs="+", default=list(DAMPINGS))
     parser.add_argument("--device", default="cpu", choices=list(TOKENS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no line later than this")
     parser.add_argument("--merge", nargs="+", type=Path, default=[])
@@ -113,7 +114,7 @@ def main() -> None:
     seen = {key(line) for line in done}
     for curvature in given.curvature:
         for rows in given.rows:
-            for damping in (None, *DAMPINGS):
+            for damping in (None, *given.damping):
                 for model in given.model:
                     if (model, rows, curvature, damping) in seen or not wanted(rows, curvature, damping):
                         continue

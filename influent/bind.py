@@ -138,6 +138,14 @@ class Bound:
                 return torch.cat([first.raw(one.flat()) for one in each]), self.flat[1:]
         return grad.flat(), self.flat
 
+    def dual(self) -> "Bound":
+        """The maps for a vector whose inner products with rows are to be those with the gradients: where a basis is
+        weighted, as a whitened one is, its dual; all others are unbiased as they are."""
+        sides = (
+            tuple(m.dual() if isinstance(m, Basis) else m for m in maps) for maps in (self.inner, self.outer, self.flat)
+        )
+        return Bound(self.block, *sides, weight=self.weight)
+
     def to(self, device: torch.device) -> "Bound":
         """The same maps with their tables on `device`."""
         sides = (tuple(m.to(device) for m in maps) for maps in (self.inner, self.outer, self.flat))

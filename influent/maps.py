@@ -355,6 +355,11 @@ class Basis(_Linear):
         matrix = self.matrix.to(x.dtype)
         return x @ matrix[:-1] + matrix[-1]
 
+    def dual(self) -> "Basis":
+        """M (M^T M)^-1: inner products of what it makes with what M makes are those of the vectors themselves, as far
+        as they lie in the span of M's columns. Orthonormal columns are their own dual; weighted ones are not."""
+        return Basis(self.p, self.k, torch.linalg.pinv(self.matrix.double()).T.to(self.matrix.dtype))
+
     def to(self, device: torch.device) -> "Basis":
         return Basis(self.p, self.k, self.matrix.to(device))
 

@@ -94,19 +94,21 @@ def _sketch(
     memory: int,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """Curvature before sketch: <P H^-1 q, P g> estimates <H^-1 q, g> for the unbiased maps P of the rows."""
+    """Curvature before sketch: <P H^-1 q, P g> estimates <H^-1 q, g> for the unbiased maps P of the rows; where P is a
+    weighted basis the query takes its dual, or the weights would be a second curvature."""
     collector = attached.collector
     whole = replace(
         collector, bound={b.name: WHOLE.bind(b, 0) for b in collector.plan.blocks}, codec=None
     )  # fmt: skip
     numbers = sum(block.width for block in collector.plan.blocks)
     size = max(1, (memory << 20) // (4 * COPIES * numbers))
-    out: dict[str, list[Tensor]] = {key: [] for key in collector.bound}
+    maps = {key: bound.dual() for key, bound in collector.bound.items()}
+    out: dict[str, list[Tensor]] = {key: [] for key in maps}
     for lo in range(0, len(examples), size):
         some = _collect(whole, examples[lo : lo + size], what, progress, first=lo, total=len(examples))
         solved = fitted.precondition(some)
         for key in out:
-            out[key].append(collector.bound[key].apply(solved.pop(key)).cpu())
+            out[key].append(maps[key].apply(solved.pop(key)).cpu())
     return {key: torch.cat(parts) for key, parts in out.items()}
 
 

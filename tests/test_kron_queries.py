@@ -108,6 +108,14 @@ def test_before_a_sketch_the_solved_gradient_is_what_is_compressed(here):
     close(found, expected.numpy())
 
 
+@pytest.mark.parametrize("text", ["whiten:99x99", "pca:99x99", "whiten:99x99,kfac,p=0.25", "whiten:99x99 | rotate"])
+def test_weights_of_a_basis_are_no_second_curvature(here, tmp_path, text):
+    """Rows in a basis of all directions lose nothing: the score is that of whole rows, however they are weighted."""
+    index(here, str(tmp_path / "turned"), compress=text, method="logra")
+    found = scores_of(here, str(tmp_path / "turned"), curvature="ekfac")
+    close(found, scores_of(here, "whole", curvature="ekfac"), 1e-3)
+
+
 @pytest.mark.parametrize("text", ["id", "gauss:3x2", "mask:4x3 | sjlt:8", "mask:16 | sjlt:8", "fjlt:8", "sjlt:4x3,s=2"])
 @pytest.mark.parametrize(
     "block",
