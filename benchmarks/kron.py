@@ -3,7 +3,7 @@
 On the ground truths of ground_truth.py, through the package's own `index` and `query`. A curvature of whole gradients
 acts on the query before the compressor ("before sketch"), so that the rows are the same for every line of a table;
 `live` has no rows, and recomputes the training gradients. The damping of the main table is the default; the others show
-how much it matters.
+how much it matters. Seconds on a CPU are of one thread, on a machine that had other work.
 
     python benchmarks/kron.py --work DIR --out FOLDER [--model llama gpt2 qwen] [--device cuda]  # interrupted, resumes
     python benchmarks/kron.py --merge PART.json ...  # of several processes, each with --results of its own

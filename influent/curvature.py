@@ -13,8 +13,8 @@ import torch
 
 from . import datainf, kron, kronname
 from .artifact import Artifact, digest, kind_of
-from .damping import DEFAULT, Published
 from .damping import Damping as Damping
+from .damping import Published
 from .errors import DataError, NumericsError, SpecError
 from .fitting import AnyCurvature as AnyCurvature
 from .fitting import Compute, Health, Solver, block_rows, place, write_blocks
@@ -145,7 +145,7 @@ def list_fitted(index: RowSource) -> list[str]:
 
 def find(index: RowSource, name: str) -> AnyCurvature:
     """The curvature of that name: `identity`, `fim:relative:0.1`, or `fim` if there is just one; `lowrank:512`, which
-    is then damped by relative:1, or `lowrank:512:relative:0.5`; `ekfac`, damped by relative:0.1, and its like.
+    is then damped by relative:1, or `lowrank:512:relative:0.5`; `ekfac`, damped by relative:0.01, and its like.
 
     Raises SpecError, listing what there is, when it has not been fitted or the name is not enough.
     """
@@ -186,7 +186,7 @@ def _through_model(index: RowSource, name: str, damping: Damping | Published | N
             f"curvature {str(wanted.basis)!r}: not fitted: `influent fit INDEX --curvature {wanted.basis}` does it, "
             f"through the model; there is {', '.join([*list_fitted(index), 'identity'])}"
         )
-    amount = wanted.damped(damping).damping or DEFAULT
+    amount = wanted.damped(damping).damping or wanted.default
     return kron.KronRows(index, found, amount) if wanted.compressed else kron.KronFull(found, amount)
 
 

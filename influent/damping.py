@@ -66,6 +66,8 @@ class Published:
 
 PUBLISHED = ("paper", "release")
 DEFAULT = Damping("relative", 0.1)
+# Of EK-FAC at full size, the best of those tried on each of three models: benchmarks/results/kron.json.
+CORRECTED = Damping("relative", 0.01)
 # Of low rank: what lies outside the kept directions counts for less then. See benchmarks/results/lorif.json (agreement
 # with the exact scores) and frontier.json (LDS of whitened rows).
 LOW_RANK = Damping("relative", 1.0)

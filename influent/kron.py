@@ -190,7 +190,7 @@ def _decomposed(block: Block, moments: Moments, dtype: torch.dtype) -> tuple[dic
 
 
 def facts(values: Float[Tensor, "I O"]) -> dict[str, Any]:
-    """What is told of a block's eigenvalues without reading them again; `d_eff` at the default damping."""
+    """What is told of a block's eigenvalues without reading them again; `d_eff` at relative:0.1."""
     values = values.double()
     trace = float(values.sum())
     top = values.flatten().topk(min(3, values.numel())).values.tolist()

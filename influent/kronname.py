@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .damping import DEFAULT, Damping
+from .damping import CORRECTED, DEFAULT, Damping
 from .errors import SpecError
 
 FORMS = ("kfac", "ekfac", "cg")
@@ -46,6 +46,11 @@ class KronName:
         """The EK-FAC fit that conjugate gradients start from."""
         return KronName("ekfac", labels=self.labels)
 
+    @property
+    def default(self) -> Damping:
+        """The damping in use when none is given."""
+        return CORRECTED if self.form == "ekfac" and not self.compressed else DEFAULT
+
     def damped(self, damping: Damping | None) -> KronName:
         """With this damping, or its own, or the default.
 
@@ -54,7 +59,7 @@ class KronName:
         """
         if damping is not None and self.damping is not None and damping != self.damping:
             raise SpecError(f"curvature {str(self)!r} and damping {str(damping)!r} differ: give one of the two")
-        return replace(self, damping=damping or self.damping or DEFAULT)
+        return replace(self, damping=damping or self.damping or self.default)
 
     def __str__(self) -> str:
         parts = [self.form, *([] if self.iterations is None else [str(self.iterations)])]

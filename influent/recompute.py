@@ -22,7 +22,6 @@ from influent.bases import Sample
 from influent.catalog_part import Digest
 from influent.checkpoints import instances
 from influent.choosing import Choice
-from influent.damping import DEFAULT
 from influent.ensemble import Ensemble
 from influent.errors import MismatchError, NumericsError, SpecError
 from influent.examples import ids_and_hashes
@@ -104,7 +103,7 @@ class Recomputed:
             index=self.index, passes=passes, name=name.preconditioner if name.iterations else name.basis, bound=bound,
             memory=FIT_MEMORY if memory is None else memory, progress=progress,
         ).fit()  # fmt: skip
-        damping = name.damping or DEFAULT
+        damping = name.damping or name.default
         if name.iterations is not None:
             return ConjugateGradients(name, passes, KronFull(fitted, damping), damping, progress)
         return KronRows(self.index, fitted, damping) if name.compressed else KronFull(fitted, damping)

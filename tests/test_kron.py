@@ -329,6 +329,8 @@ def test_names_of_others_are_none_of_ours():
 def test_labels_and_damping_beside_a_name():
     assert str(with_labels(KronName("ekfac"), "empirical")) == "ekfac:empirical"
     assert str(KronName("kfac").damped(None)) == "kfac:relative:0.1"
+    assert str(KronName("ekfac").damped(None)) == "ekfac:relative:0.01"
+    assert str(KronName("ekfac", compressed=True).damped(None)) == "ekfac:compressed:relative:0.1"
     with pytest.raises(SpecError, match="differ"):
         with_labels(KronName("ekfac", labels="empirical"), "sampled")
     with pytest.raises(SpecError, match="differ"):
