@@ -178,7 +178,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for kind in COMPRESSORS:
-            line = [one for one in document[model]["settings"] if one["compressor"] == kind]
+            settings = document[model]["settings"]
+            line = [one for one in settings if one["compressor"] == kind and one["compress_s"] is not None]
             if line:
                 means = [one["lds"]["mean"] for one in line]
                 spread = [
