@@ -134,17 +134,17 @@ def attach(
         if setting.key == "all":
             check_flat(compressor)
         facts = _facts(module, task, setting)
-        bases = None
+        state, bases = _state(setting, module, tracked, task, compressor), None
         if compressor.learned is not None:
             calibration = Calibration(
                 stage=compressor.learned, model=module, plan=tracked, task=task, facts=facts, size=setting.calibration,
+                scale=state if isinstance(state, Scale) else None,
                 token_budget=run.token_budget, skip_nonfinite=run.skip_nonfinite,
             )  # fmt: skip
             bases = _bases(calibration, index, sample, progress)
         elif compressor.selects is not None:
             bases = _selected(compressor, mask, tracked, index)
         matrices = {} if bases is None else bases.matrices
-        state = _state(setting, module, tracked, task, compressor)
         if setting.key == "all":
             bound = {ALL: bind_whole(compressor, tracked, setting.seed, matrices).to(device)}
         else:
@@ -258,10 +258,10 @@ def _state(
     """What an optimizer's state does to gradients."""
     if setting.optimizer is None:
         return None
-    if compressor.learned is not None:
+    if (learned := compressor.learned) is not None and (setting.scale != "adam" or learned.moments == "kfac"):
         raise SpecError(
-            f"compressor '{compressor}': '{compressor.learned}' is learned from gradients that are not scaled; use "
-            f"another one with --scale {setting.scale}"
+            f"compressor '{compressor}': '{learned}' is learned from gradients that are not scaled; use another one "
+            f"with --scale {setting.scale}"
         )
     if setting.scale == "adam":
         return read_scale(setting.optimizer, module, tracked)

@@ -19,6 +19,7 @@ from influent.errors import CorruptError, DataError, MismatchError, NumericsErro
 from influent.extract import NonFinite, visit
 from influent.layers import Block, Plan, device_of
 from influent.moments import Moments, Sided, basis, check_widths, in_groups, num_bytes
+from influent.optimizer import Scale
 from influent.progress import Progress
 from influent.rng import Stream
 from influent.storage import Store
@@ -56,6 +57,7 @@ class Calibration:
 
     Args:
         facts: the digested facts of an index that its bases share (model, task, seed, ...).
+        scale: what multiplies the entries of gradients before they are compressed.
         size: rows to draw, or all if there are fewer.
         memory: bytes of moments held at a time; less means more passes over the sample.
     """
@@ -65,6 +67,7 @@ class Calibration:
     plan: Plan
     task: Task
     facts: dict[str, Any]
+    scale: Scale | None = None
     size: int = 512
     token_budget: int = 4096
     skip_nonfinite: bool = False
@@ -142,7 +145,8 @@ class Calibration:
 
     def _shared(self) -> dict[str, Any]:
         layout = [{"block": b.name, "kind": b.kind, "in": b.in_width, "out": b.out_width} for b in self.plan.blocks]
-        return {**self.facts, "layout": layout, "stage": str(self.stage)}
+        scaled = {} if self.scale is None else {"scale": self.scale.digest}
+        return {**self.facts, "layout": layout, "stage": str(self.stage), **scaled}
 
     def _spec(self, sample: Sample, size: int) -> dict[str, Any]:
         return {**self._shared(), "data": sample.digest, "rows": size, "damping": self.damping}
@@ -171,7 +175,8 @@ class Calibration:
         tell: Callable[[int], None],
     ) -> None:
         """One pass over the sample, and the bases of a group of blocks."""
-        moments = Moments(group, self.stage.moments, device_of(self.model))
+        weights = None if self.scale is None else {block.name: self.scale.weights[block.name] for block in group}
+        moments = Moments(group, self.stage.moments, device_of(self.model), weights=weights)
         names = {block.name for block in group}
         tracked = Plan(tuple(group), tuple(s for s in self.plan.sites if s.block.name in names), 0, 1)
         done = 0

@@ -68,7 +68,8 @@ def index(
     ] = None,
     scale: Annotated[str, typer.Option(metavar="NAME", help="none; by --optimizer: adam, adam-step.")] = "none",
     optimizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Adam's state: safetensors by name, or optimizer.pt.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Adam's state, of each checkpoint: safetensors by name, or optimizer.pt."),
     ] = None,
     compress: Annotated[str | None, typer.Option(metavar="TEXT", help='e.g. "mask:128x128 | sjlt:4096".')] = None,
     row_bytes: Annotated[
@@ -218,7 +219,7 @@ def query(
     damping: Damping = None,
     parity: Parity = None,
     mix: Annotated[
-        float | None, typer.Option(metavar="M", help="Share of the queries' own rows in the curvature (fim), e.g. 0.5.")
+        float | None, typer.Option(metavar="M", help="Share of the queries' own rows in the Fisher matrix, e.g. 0.5.")
     ] = None,
     query_rank: Annotated[
         int | None, typer.Option(metavar="R", min=1, help="Cut preconditioned queries to this rank: faster.")

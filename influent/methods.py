@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -131,7 +131,7 @@ def index(
     method: str = "factgrass",
     key: str | None = None,
     scale: str = "none",
-    optimizer: str | None = None,
+    optimizer: str | Sequence[str] | None = None,
     compress: str | None = None,
     row_bytes: int | None = None,
     rows: str | None = None,
@@ -160,7 +160,8 @@ def index(
         rates: of each checkpoint (`model` first) the learning rate, for a method that adds scores up by it.
         key: `block` for a row in each layer, `all` for one row of all layers together. By default the method's way.
         scale: `adam` divides each entry of a gradient by the root of Adam's second moment before it is compressed;
-            `optimizer` is then the file of that state: safetensors of exp_avg_sq by name, or torch's optimizer.pt.
+            `optimizer` is then the file of that state (of an ensemble one a checkpoint): safetensors of exp_avg_sq by
+            name, or torch's optimizer.pt.
             `adam-step` makes each row the step that Adam would take on it, and leaves queries' gradients as they are:
             for linfik and graddot, whose scores are then the drop of a query's loss.
         rows: how a row is stored: `float32`, `bfloat16`, `rank:8:int4`, `dense:sign`, … By default the method's way.
@@ -177,7 +178,7 @@ def index(
         raise SpecError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
     if key not in (None, "block", "all"):
         raise SpecError(f"key is {key!r}, expected block or all")
-    _check_scale(scale, optimizer, METHODS[method], checkpoints)
+    states = _check_scale(scale, optimizer, METHODS[method], 1 + len(checkpoints or ()))
     if shard_rows is not None and shard_rows < 1:
         raise SpecError(f"shard_rows is {shard_rows}, expected 1 or more")
     if task is not None and max_length != DEFAULT_LENGTH:
@@ -205,31 +206,36 @@ def index(
         compress=compress or own.compress, rows=codec,
         budget=None if row_bytes is None else Budget(row_bytes, own.sized, kept, own.least, small),
         layers=layers, exclude=exclude, max_length=max_length, dtype=dtype, matmul=matmul,
-        seed=seed, target=own.target, key=key or own.key, optimizer=optimizer,
+        seed=seed, target=own.target, key=key or own.key,
         scale="adam" if scale == "none" else scale,
     )  # fmt: skip
     run = Run(token_budget=token_budget, device=device, skip_nonfinite=skip_nonfinite)
     places = _places(Store(out), len(weights))
-    for place, each in zip(places, instances([model, *(checkpoints or ())]), strict=True):
+    for place, each, state in zip(places, instances([model, *(checkpoints or ())]), states, strict=True):
         listed = catalogue(data, place, task=task, limit=limit, keep=catalog, progress=progress)
         fill(
-            each, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress, setting=setting,
-            run=run,
+            each, data, listed, task=task, method=method, shard_rows=shard_rows, progress=progress,
+            setting=replace(setting, optimizer=state), run=run,
         )  # fmt: skip
     if len(weights) > 1:
         ensembles.commit(Store(out), weights)
     return info(out)
 
 
-def _check_scale(scale: str, optimizer: str | None, own: Method, checkpoints: Sequence[Any] | None) -> None:
-    if scale not in ("none", "adam", "adam-step") or (scale == "none") != (optimizer is None):
+def _check_scale(
+    scale: str, optimizer: str | Sequence[str] | None, own: Method, num_members: int
+) -> list[str] | list[None]:
+    """The state of each checkpoint."""
+    states = [optimizer] if isinstance(optimizer, str) else list(optimizer or ())
+    if scale not in ("none", "adam", "adam-step") or (scale == "none") != (not states):
         raise SpecError(
             f"scale is {scale!r} and optimizer {optimizer!r}: expected none, or adam or adam-step and its state's file"
         )
-    if scale != "none" and checkpoints:
-        raise SpecError(f"scale {scale} is for one model: an ensemble's checkpoints would each need their own state")
+    if states and len(states) != num_members:
+        raise SpecError(f"optimizer: expected {num_members} states, one a checkpoint in their order, got {len(states)}")
     if scale == "adam-step" and (own.curvature, own.target) != ("identity", "loss"):
         raise SpecError("scale adam-step is for a plain product with the loss's gradients: use --method linfik")
+    return states or [None] * num_members
 
 
 def _weights(method: str, num_members: int, rates: Sequence[float] | None) -> list[float]:

@@ -1,8 +1,10 @@
 """Curvature mixed of rows and queries: F = (1 - m) F_train + m F_queries, as in TrackStar (Chang et al., 2024).
 
-What a query shares with every query is then discounted, as what a row shares with every row is. Fitted from the stored
-Gram matrix and the queries' own rows at each query, in float64; nothing is written. Lambda is that of the fitted Fisher
-matrix. With fewer rows than columns the equal dual form is solved, over N + Q rows. Not here: Gram matrices (gram.py).
+What a query shares with every query is then discounted, as what a row shares with every row is. Nothing is written, and
+lambda is that of the fitted matrix. The exact Fisher matrix is mixed in its stored Gram matrix, in float64; with fewer
+rows than columns the equal dual form is solved, over N + Q rows. One of low rank, or of K-FAC of compressed sides,
+which any damping can be taken of, is solved with lambda / (1 - m), and the queries are added by Woodbury's identity.
+Not here: Gram matrices (gram.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,20 +15,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import kronname
 from .artifact import Artifact
 from .curvature import FIM
+from .damping import Damping
 from .errors import NumericsError, SpecError
 from .fitting import Curvature, block_rows, place
 from .gram import BlockRows, Matrix, Vanishing, cholesky, unpack
+from .kron import KronRows
 from .progress import Progress
+from .truncated import Truncated
 
 
 def check_mix(share: float, curvature: str, normalize: str) -> None:
-    """SpecError unless the share is between 0 and 1, the curvature is fim, and no row's self-influence is asked for."""
+    """SpecError unless the share is between 0 and 1, the curvature is a Fisher matrix of rows that can be mixed, and no
+    row's self-influence is asked for."""
     if not 0 < share < 1:
         raise SpecError(f"mix is {share}, expected a share above 0 and below 1, such as 0.5")
-    if curvature.partition(":")[0] != "fim":
-        raise SpecError(f"mix is for the Fisher matrix, curvature fim, not for {curvature}: leave it out")
+    kron = kronname.parse(curvature)
+    if curvature.partition(":")[0] not in ("fim", "lowrank", "sketch") and not (kron and kron.compressed):
+        raise SpecError(
+            f"mix is for fim, lowrank, sketch, kfac:compressed and ekfac:compressed, not for {curvature}: leave it out"
+        )
     if normalize == "relatif":
         raise SpecError("mix has no self-influence that relatif could divide by: use --normalize none or cosine")
 
@@ -39,17 +49,38 @@ def precondition(
 
     Raises NumericsError, naming the block, for a matrix that is singular to working precision.
     """
-    if not isinstance(fitted, FIM):
-        raise SpecError(f"mix is for the Fisher matrix, curvature fim, not for {fitted.name}: leave it out")
+    eased = None if isinstance(fitted, FIM) else _eased(fitted, share)
     solved, health = {}, fitted.health()
     for done, (key, q) in enumerate(queries.items(), start=1):
         exact = q.detach().cpu().double()
-        solved[key] = _inverse(fitted, health[key], key, exact, share)(exact).to(q.dtype)
+        if isinstance(fitted, FIM):
+            found = _inverse(fitted, health[key], key, exact, share)(exact)
+        else:
+            assert eased is not None
+            found = _added(eased.solver(key)(exact).double() / (1 - share), exact, share, key)
+        solved[key] = found.to(q.dtype)
         if not bool(solved[key].isfinite().all()):
             raise NumericsError(f"block {key!r}: the preconditioned query is not finite: raise the damping")
         if progress is not None:
             progress("precondition", done, len(queries))
     return solved
+
+
+def _eased(fitted: Curvature, share: float) -> Curvature:
+    """F + lambda / (1 - m) I, of which (1 - m) F + lambda I is 1 - m times."""
+    if not isinstance(fitted, Truncated | KronRows) or not isinstance(fitted.damping, Damping):
+        raise SpecError(f"mix: {fitted.name} cannot be mixed: give --curvature fim or lowrank, and no --parity")
+    more = Damping(fitted.damping.unit, fitted.damping.value / (1 - share))
+    if isinstance(fitted, Truncated):
+        return Truncated(fitted.index, fitted.basis, more, memory=fitted.memory)
+    return KronRows(fitted.index, fitted.fitted, more, memory=fitted.memory)
+
+
+def _added(solved: Float[Tensor, "M K"], asked: Float[Tensor, "M K"], share: float, key: str) -> Float[Tensor, "M K"]:
+    """(A + m/M Q^T Q)^-1 Q^T from `solved` = A^-1 Q^T, both by rows: c (c I + Q A^-1 Q^T)^-1 A^-1 Q^T with c = M/m."""
+    c = len(asked) / share
+    inner = asked @ solved.T
+    return c * torch.cholesky_solve(solved, cholesky((inner + inner.T) / 2, c, block=key))
 
 
 def _inverse(

@@ -79,6 +79,7 @@ class Moments:
 
     Args:
         bound: take the moments of the sides as these maps compress them.
+        weights: with `grads`, block -> [p] that multiply the entries of its gradients first.
         masked: which positions count with `kfac` is told by `only` for each batch. Otherwise those that have an output
             gradient; an example that has none but rounding is then counted or not as chance will have it.
     """
@@ -91,8 +92,10 @@ class Moments:
         *,
         bound: Mapping[str, Bound] | None = None,
         masked: bool = False,
+        weights: Mapping[str, Float[Tensor, " p"]] | None = None,
     ) -> None:
         self.kind, self.masked = kind, masked
+        self.weights = {name: weight.to(device) for name, weight in (weights or {}).items()}
         self._mask: Tensor | None = None
         self.sums: dict[str, Sided] = {}
         for block in blocks:
@@ -142,6 +145,7 @@ class Moments:
         return counting & (a != 0).any(dim=-1) if looked_up else counting
 
     def add_vector(self, block: Block, g: Float[Tensor, "B K"]) -> None:
+        g = g if block.name not in self.weights else g * self.weights[block.name]
         self.sums[block.name]["flat"] += g.T @ g
 
     def _add_positions(self, name: str, a: Tensor, d: Tensor) -> None:
@@ -159,7 +163,8 @@ class Moments:
         sums, step = self.sums[block.name], max(1, GRADIENT_ENTRIES // block.width)
         for lo in range(0, len(a), step):
             outer = Outer(a[lo : lo + step], d[lo : lo + step], block.in_width, block.out_width)
-            gradient = outer.flat().view(-1, block.in_width, block.out_width)
+            flat = outer.flat() if block.name not in self.weights else outer.flat() * self.weights[block.name]
+            gradient = flat.view(-1, block.in_width, block.out_width)
             rows = gradient.transpose(0, 1).flatten(1)  # [I, b * O]
             sums["in"] += rows @ rows.T
             columns = gradient.flatten(0, 1)  # [b * I, O]

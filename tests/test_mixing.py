@@ -8,9 +8,14 @@ from small_index import random_rows, write_index
 from test_ensemble import ASKED, NETS, TASK, TRAIN
 
 import influent
+from influent.attach import Run
+from influent.choosing import check_curvature
 from influent.curvature import Damping, fit
 from influent.errors import NumericsError, SpecError
 from influent.mixing import precondition
+from influent.recompute import reattached
+from influent.rowstore import Index
+from influent.solving import Asked, gradients
 
 WIDTHS = {"primal": 5, "dual": 23, "zero": 3}
 
@@ -34,6 +39,36 @@ def test_queries_are_solved_by_the_mixed_matrix(tmp_path, share):
     with pytest.raises(NumericsError, match="block 'dual'"):
         precondition({"dual": asked["dual"]}, fit(write_index(
             tmp_path / "bare", {"dual": rows["dual"]}), damping=Damping("absolute", 0.0)), share)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lowrank:5", "sketch:5"])
+@pytest.mark.parametrize("damping", ["relative:0.2", "absolute:0.5"])
+def test_full_rank_mixes_as_the_matrix_itself(tmp_path, name, damping):
+    rows, asked = random_rows(11, {"primal": 5}), random_rows(4, {"primal": 5}, seed=5)
+    index = write_index(tmp_path / "ix", rows, shard_rows=4)
+    queries = {key: q.double() for key, q in asked.items()}
+    exact, low = (
+        precondition(queries, fit(index, curvature=curvature, damping=Damping.parse(damping)), 0.4)["primal"]
+        for curvature in ("fim", name)
+    )
+    torch.testing.assert_close(low, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("curvature", ["lowrank:3", "kfac:compressed", "ekfac:compressed"])
+def test_others_mix_as_their_own_inverse_says(tmp_path, curvature):
+    """(A + m/M Q^T Q) x = q, with A q known from the curvature without a mix at lambda / (1 - m)."""
+    out, share, found = str(tmp_path / "ix"), 0.4, {}
+    influent.index(NETS[0], TRAIN, out, compress="id", task=TASK)
+    index = Index.open(out)
+    with reattached(index, NETS[0], TASK, Run(), TRAIN) as again:
+        asked = {k: q.double() for k, q in gradients(again.attached, Asked(ASKED)).items()}
+        for value in (0.2, 0.2 / (1 - share)):
+            found[value] = again.settle(check_curvature(index, curvature, f"relative:{value}", own="fim"))
+    mixed, plain = precondition(asked, found[0.2], share), found[0.2 / (1 - share)]
+    for key, q in asked.items():
+        inverse = plain.solver(key)(torch.eye(q.shape[1], dtype=torch.float64)).double() / (1 - share)
+        dense = torch.linalg.inv(torch.linalg.inv(inverse) + share * q.T @ q / len(q))
+        torch.testing.assert_close(mixed[key], q @ dense, rtol=1e-3, atol=1e-3 * float((q @ dense).abs().max()))
 
 
 def test_a_query_may_mix_and_says_so(tmp_path):

@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 import influent
 from influent.attach import Run, Setting, attach
+from influent.bases import Sample
 from influent.errors import MismatchError, SpecError
 from influent.layers import Plan, plan
+from influent.storage import Store
 from influent.task import Classification
 
 TASK = Classification()
@@ -122,11 +124,48 @@ def test_states_that_do_not_fit_are_refused(made, tmp_path):
         ({"scale": "adam", "optimizer": str(tmp_path / "shape.pt")}, r"turned.weight: expected \(4, 6\), got \(2, 2\)"),
         ({"scale": "adam", "optimizer": str(tmp_path / "sgd.pt")}, "no exp_avg_sq: not a state of Adam"),
         ({"scale": "adam", "optimizer": str(tmp_path / "few.safetensors")}, "parameter .*: expected .*, got none"),
-        ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "compress": "pca:2x2"}, "learned from gradients"),
-        ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "checkpoints": [net]}, "for one model"),
+        ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "compress": "pca:2x2,kfac"}, "learned from"),
+        ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "checkpoints": [net]}, "expected 2 states"),
     ]:
         with pytest.raises(SpecError, match=message):
             influent.index(net, data, str(tmp_path / "ix"), layers=".", task=TASK, **options)
+
+
+@pytest.mark.parametrize("stage", ["pca:2x2", "whiten:2x2"])
+def test_bases_are_learned_from_scaled_gradients(made, tmp_path, stage):
+    net, data, folder, scale = made
+    setting = Setting(compress=stage, optimizer=str(folder / "optimizer.pt"), layers=".")
+    sample = Sample(digest="data", n=len(data), example=lambda task, i: data[i], name=str)
+    with attach(net, TASK, setting, Run(), index=Store(tmp_path), sample=sample) as attached:
+        rows, bound = attached.collector.collect(data, name=str).rows, attached.collector.bound
+        tracked = attached.collector.plan
+    flat = scaled_gradients(net, data, tracked, scale)
+    for block in tracked.blocks:
+        exact = compressed(bound[block.name], flat[block.name])
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(exact.abs().max())}
+        torch.testing.assert_close(rows[block.name].double(), exact, **close)
+        if stage == "pca:2x2" and not block.is_vector and block.in_width > 2:
+            g = flat[block.name].view(len(data), block.in_width, block.out_width)
+            top = torch.linalg.eigh(torch.einsum("nio,njo->ij", g, g)).eigenvectors[:, -2:]
+            found = bound[block.name].inner[0](torch.eye(block.in_width).double()).double()
+            torch.testing.assert_close(found @ found.T, top @ top.T, rtol=1e-3, atol=1e-3)
+
+
+def test_an_ensemble_has_a_state_a_checkpoint(made, tmp_path):
+    net, data, folder, _ = made
+    other, states = Net().double(), [str(folder / "optimizer.pt"), str(folder / "state.safetensors")]
+    scores = []
+    for number, options in enumerate(
+        [{"checkpoints": [other], "optimizer": states}, {"optimizer": states[0]}, {"optimizer": states[1]}]
+    ):
+        out, model = str(tmp_path / str(number)), other if number == 2 else net
+        influent.index(
+            model, data, out, compress="id", method="graddot", scale="adam", layers=".", task=TASK, **options
+        )
+        both = [net, other] if number == 0 else model
+        influent.query(out, queries=data[:2], model=both, task=TASK, scores=str(tmp_path / "s.npy"))
+        scores.append(np.load(tmp_path / "s.npy"))
+    np.testing.assert_allclose(scores[0], (scores[1] + scores[2]) / 2, rtol=1e-4, atol=1e-5 * np.abs(scores[0]).max())
 
 
 def test_a_state_in_two_groups_is_matched_by_axes(made, tmp_path):
