@@ -30,7 +30,7 @@ from influent import baselines, fetch, score
 from influent.attach import Run, Setting, attach
 from influent.curvature import Curvature, Damping, fit
 from influent.demo import answers, passages
-from influent.methods import index
+from influent.indexing import index
 from influent.reduce import Full
 from influent.rowstore import Index
 

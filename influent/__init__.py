@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from influent.curvature import Damping as Damping
     from influent.distilling import distill as distill
     from influent.evaluating import evaluate as evaluate
+    from influent.indexing import index as index
     from influent.masking import mask as mask
     from influent.methods import METHODS as METHODS
     from influent.methods import fit as fit
-    from influent.methods import index as index
     from influent.methods import info as info
     from influent.methods import self_influence as self_influence
     from influent.methods import verify as verify
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from influent.valuing import value as value
 
 _HOMES = {
-    "methods": ("METHODS", "fit", "index", "info", "self_influence", "verify"),
+    "methods": ("METHODS", "fit", "info", "self_influence", "verify"),
+    "indexing": ("index",),
     "appending": ("append",),
     "masking": ("mask",),
     "querying": ("query",),

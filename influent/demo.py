@@ -86,10 +86,11 @@ def demo(out: str = "demo-index", *, progress: Progress | None = None) -> dict[s
     seconds: dict[str, float] = {}
     with _timed(seconds, "fetch and convert", progress):
         model, rows = str(fetch.smollm2()), passages(fetch.factbook())
-    from influent import methods, querying  # only now: they load torch, which a failed fetch should not wait for
+    # only now: they load torch, which a failed fetch should not wait for
+    from influent import indexing, methods, querying
 
     with _timed(seconds, "index", None):
-        info = methods.index(
+        info = indexing.index(
             model, rows, out, compress=COMPRESS, rows=ROWS, token_budget=TOKEN_BUDGET, progress=progress
         )
     with _timed(seconds, "fit", None):

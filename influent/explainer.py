@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from influent import methods
+from influent import indexing, methods
 from influent.errors import SpecError
 from influent.querying import query
 from influent.task import Classification, Task
@@ -127,7 +127,7 @@ class InfluentExplainer(Explainer):
         self.loss = TASKS[task] if loss is None else loss
         self.path = str(Path(cache_dir, str(model_id)))
         self.token_budget, self.curvature, self.damping, self.normalize = token_budget, curvature, damping, normalize
-        methods.index(
+        indexing.index(
             model, Samples(self.train_dataset), self.path, method=method, compress=compress, layers=layers,
             exclude=exclude, token_budget=token_budget, task=self.loss,
         )  # fmt: skip

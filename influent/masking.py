@@ -27,8 +27,8 @@ from influent.errors import DataError, SpecError
 from influent.examples import ids_and_hashes
 from influent.filling import sample_of
 from influent.gradients import Outer, Side
+from influent.indexing import DEFAULT_LENGTH, catalogue
 from influent.layers import Block, device_of
-from influent.methods import DEFAULT_LENGTH, catalogue
 from influent.moments import check_widths, in_groups
 from influent.pairs import Pairs
 from influent.passes import Item, Passes

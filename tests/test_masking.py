@@ -17,8 +17,8 @@ from influent.cli import run
 from influent.compress import Compress
 from influent.errors import CorruptError, FormatError, LayerError, MismatchError, NumericsError, SpecError
 from influent.extract import frozen
+from influent.indexing import catalogue
 from influent.layers import plan
-from influent.methods import catalogue
 from influent.rowstore import Index
 from influent.storage import Store
 from influent.task import Classification
