@@ -31,6 +31,8 @@ Table = Annotated[
 ]
 Page = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of the draws.")]
+Normalize = Annotated[str, typer.Option(metavar="NAME", help="cosine, or none: the predicted drop of the loss.")]
+Draws = Annotated[int, typer.Option(metavar="N", min=100, help="Of the bootstrap.")]
 ModelPath = Annotated[str | None, typer.Option(metavar="PATH", help="Default: the one noted in the index.")]
 
 
@@ -38,9 +40,7 @@ def value(
     index: IndexPath,
     target: Target,
     by: By = "provider",
-    normalize: Annotated[
-        str, typer.Option(metavar="NAME", help="cosine, or none: the predicted drop of the loss.")
-    ] = "cosine",
+    normalize: Normalize = "cosine",
     interval: Annotated[
         str, typer.Option(metavar="NAME", help="queries (these very rows) or delivery (other rows like these too).")
     ] = "queries",
@@ -50,7 +50,7 @@ def value(
         float, typer.Option(metavar="MU", min=0, help="In a purchase, what is bought takes from what is like it.")
     ] = 0.0,
     rows: Rows = 5,
-    draws: Annotated[int, typer.Option(metavar="N", min=100, help="Of the bootstrap.")] = 1000,
+    draws: Draws = 1000,
     seed: Seed = 0,
     values: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write every row's value: .npy, .parquet or .csv.")
@@ -97,9 +97,7 @@ def select(
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, help="Passes over the index when there is a diversity term.")
     ] = 20,
-    normalize: Annotated[
-        str, typer.Option(metavar="NAME", help="cosine, or none: the predicted drop of the loss.")
-    ] = "cosine",
+    normalize: Normalize = "cosine",
     model: ModelPath = None,
     token_budget: TokenBudget = 4096,
     device: Device = None,
@@ -139,9 +137,7 @@ def distill(
     ] = "auto",
     encoder: Annotated[str | None, typer.Option(metavar="PATH", help="A sentence encoder, for its rung.")] = None,
     by: By = "provider",
-    normalize: Annotated[
-        str, typer.Option(metavar="NAME", help="cosine, or none: the predicted drop of the loss.")
-    ] = "cosine",
+    normalize: Normalize = "cosine",
     calibration: Annotated[str, typer.Option(metavar="NAME", help="linear or isotonic.")] = "linear",
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Fine-tune the small model as well, so long at most.")
@@ -194,7 +190,7 @@ def appraise(
         bool, typer.Option("--commit", help="Commit to the scores in --out, so that a buyer can audit them.")
     ] = False,
     rows: Rows = 5,
-    draws: Annotated[int, typer.Option(metavar="N", min=100, help="Of the bootstrap.")] = 1000,
+    draws: Draws = 1000,
     seed: Seed = 0,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first so many rows.")] = None,
     model: Annotated[

@@ -114,21 +114,10 @@ def distill(
         else:
             made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, making, progress)
     kept = max(made, key=lambda name: made[name].left_out)
-    baseline = None
-    if (small := made.get("lm") or made.get("tuned")) is not None:
-        longest = small.features.facts["max_length"]
-        own = stages.in_pieces(
-            making, "baseline",
-            {"model": small.features.facts["model"], "target": wanted.digest, "normalize": normalize,
-             "max_length": longest, "rows": _digest_of(_picked(rows, held))},
-            1, 1,
-            lambda *_: {"values": untrained.own_values(
-                student, _picked(rows, held), wanted, normalize=normalize, max_length=longest,
-                token_budget=token_budget, device=device,
-            )},
-        )["values"]  # fmt: skip
+    best, small, baseline = made[kept], made.get("lm") or made.get("tuned"), None
+    if small is not None:
+        own = _own_values(small, student, _picked(rows, held), wanted, normalize, run, making)
         baseline = dict(zip(("spearman", "recall"), _quality(own, values.mean(axis=1)[held]), strict=True))
-    best = made[kept]
     spec = {
         "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
         "queries": len(wanted), "normalize": normalize, "by": by, "rung": kept, "calibration": calibration,
@@ -307,6 +296,32 @@ def _tuned(
     return _Rung(
         found.features, head, float(metrics.spearman(found.predicted, left)), *_quality(head(x), y[held]), seconds
     )  # fmt: skip
+
+
+def _own_values(
+    small: _Rung,
+    path: str,
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Target,
+    normalize: str,
+    run: Run,
+    making: Store,
+) -> np.ndarray:
+    """The small model's own LinFiK of some rows, [n]: the baseline to beat."""
+    facts = small.features.facts
+    spec = {
+        "model": facts["model"], "target": wanted.digest, "normalize": normalize, "max_length": facts["max_length"],
+        "rows": _digest_of(rows),
+    }  # fmt: skip
+
+    def value(*_: int) -> dict[str, np.ndarray]:
+        own = untrained.own_values(
+            path, rows, wanted, normalize=normalize, max_length=facts["max_length"], token_budget=run.token_budget,
+            device=run.device,
+        )  # fmt: skip
+        return {"values": own}
+
+    return stages.in_pieces(making, "baseline", spec, 1, 1, value)["values"]
 
 
 def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from indexes import make_index, write_chunk
 from test_crash import MODES, CountingStore, Kill, MortalStore, objects
-from test_methods import QUERIES
-from tiny_model import make_data, make_model
+from tiny_model import QUERIES, make_data, make_model
 from torch import nn
 
 import influent

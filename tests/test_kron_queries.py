@@ -10,7 +10,7 @@ import pytest
 import torch
 from kron_fits import dense
 from oracle_gradients import compressed, weight_gradients
-from tiny_model import make_data, make_model
+from tiny_model import QUERIES, make_data, make_model
 from torch import Tensor, nn
 
 import influent
@@ -26,10 +26,6 @@ from influent.rowstore import Index
 from influent.task import CausalLM, Classification
 
 LAYERS = "layers.1.(mlp.down_proj|self_attn.k_proj|input_layernorm)"
-QUERIES = [
-    {"prompt": "The capital of Peru is", "completion": " Lima."}, {"text": "The river of Iraq is the Tigris."},
-    {"prompt": "The money of Cuba is called", "completion": " yen."},
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

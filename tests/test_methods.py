@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle_gradients import weight_gradients
 from test_task import make_tokenizer
-from tiny_model import FACTS, make_data, make_model
+from tiny_model import FACTS, QUERIES, make_data, make_model
 from torch import Tensor, nn
 
 import influent
@@ -22,10 +22,6 @@ from influent.task import CausalLM, Classification
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "schemas" / "query.json").read_text())
 COMPRESS = "mask:8x8 | sjlt:32"
 ROWS = 2 * len(FACTS)
-QUERIES = [
-    {"prompt": "The capital of Peru is", "completion": " Lima."}, {"text": "The river of Iraq is the Tigris."},
-    {"prompt": "The money of Cuba is called", "completion": " yen."},
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

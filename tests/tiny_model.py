@@ -13,6 +13,11 @@ FACTS = [
     ("chad", "The river of Chad is the", "Chari"),
     ("iraq", "The river of Iraq is the", "Tigris"),
 ]
+QUERIES = [
+    {"prompt": "The capital of Peru is", "completion": " Lima."},
+    {"text": "The river of Iraq is the Tigris."},
+    {"prompt": "The money of Cuba is called", "completion": " yen."},
+]
 
 
 def make_data(path: Path) -> Path:
