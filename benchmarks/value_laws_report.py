@@ -1,6 +1,6 @@
 """From the parts of value_laws.py to results/value_laws.json: means over seeds, with what seeds leave uncertain.
 
-Not here: the measurements; the picture (value_laws_plot.py).
+Not here: the measurements; the page (value_laws_text.py); the picture (value_laws_plot.py).
 """
 
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import value_laws_plot
+import value_laws_text
 from environment import RESULTS
 from scipy import stats
 from value_laws_place import TARGETS
@@ -20,17 +22,15 @@ Parts = dict[str, dict[int, dict[str, Any]]]  # part -> seed -> document
 
 def write(folder: Path) -> None:
     parts: Parts = defaultdict(dict)
+    unfinished = []
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
-        parts[found["part"]][found["seed"]] = found
+        if found.get("done"):
+            parts[found["part"]][found["seed"]] = found
+        else:
+            unfinished.append(path.stem)
     first = next(iter(next(iter(parts.values())).values()))
-    document = {
-        "environment": first["environment"],
-        "device": first["device"],
-        "unfinished": [
-            f"{part}-{seed}" for part, each in parts.items() for seed, d in each.items() if not d.get("done")
-        ],
-    }
+    document = {"environment": first["environment"], "device": first["device"], "unfinished": unfinished}
     for name, summary in (
         ("linearity", linearity), ("coverage", coverage), ("selection", selection), ("drift", drift),
         ("without", without), ("attack", attack),
@@ -39,6 +39,10 @@ def write(folder: Path) -> None:
         if own:
             document[name] = summary(own)
     (RESULTS / "value_laws.json").write_text(json.dumps(document, indent=1) + "\n")
+    drawn = all(law.__name__ in document for law in value_laws_plot.LAWS)
+    if drawn:
+        value_laws_plot.draw(document)
+    value_laws_text.write(document, picture=drawn)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -148,8 +152,7 @@ def drift(parts: Parts) -> dict[str, Any]:
 def without(parts: Parts) -> dict[str, Any]:
     """Rank correlations over providers of the loss's rise without one and its value, and how far runs agree.
 
-    `reliability`: the correlation of the mean rises of two halves of the runs, stepped up to all of them (Spearman and
-    Brown), the most that any prediction can be expected to reach being its root.
+    `halves`: the correlation of the mean rises of two halves of the runs.
     """
     out: dict[str, Any] = {"runs": [len(d["losses"]) for d in parts["without"].values()]}
     for target in TARGETS:
@@ -171,8 +174,7 @@ def _rises(document: dict[str, Any], target: str, queries: str) -> dict[str, flo
     halves = stats.spearmanr(rises[::2].mean(axis=0), rises[1::2].mean(axis=0)).statistic if len(rises) > 1 else np.nan
     return {
         "total cosine": rank(counts * values["cosine"]), "total": rank(counts * values["none"]),
-        "value cosine": rank(values["cosine"]), "rows": rank(counts),
-        "reliability": float(2 * halves / (1 + halves)),
+        "value cosine": rank(values["cosine"]), "rows": rank(counts), "halves": float(halves),
         "rise": float(mean.mean()), "largest": float(mean.max()),
         "error of a rise": float(rises.std(axis=0, ddof=1).mean() / len(rises) ** 0.5) if len(rises) > 1 else np.nan,
     }  # fmt: skip
