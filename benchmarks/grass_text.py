@@ -157,25 +157,27 @@ def measure_compressed(work: Path, entries: list[Entry], device: str) -> None:
     if not todo:
         return
     gradients = lds.collect(work, [])
-    used = ground_truth.subsets(NUM_SUBSETS)
-    for entry in todo:
-        began = time.process_time()
-        if entry.mask:
-            learn(work, Path(entry.mask), device)
-        learned, began = time.process_time() - began, time.process_time()
-        setting = Setting(compress=entry.index["compress"], max_length=MAX_LENGTH)
-        with attach(str(work / "model"), None, setting, Run(), index=Store(str(work / "bound" / entry.file))) as ready:
-            bound = ready.collector.bound
-            rows, asked = (lds.compress(each, bound) for each in (gradients.train, gradients.queries))
-        if entry.curvature == "identity":
-            found = {DEFAULT: ranks(lds.products(rows, asked), used)}
-        else:
-            tried = lds.influence(rows, asked, entry.grid)
-            found = {str(damping): ranks(scores, used) for damping, scores in tried.items()}
-            found[DEFAULT] = found[str(OWN.value)]
-        facts = {"name": entry.name, "k": entry.k, "bytes": 4 * sum(row.shape[1] for row in rows.values())}
-        facts |= {"mask cpu seconds": round(learned, 1), "cpu seconds": round(time.process_time() - began, 1)}
-        keep(work / "table" / f"{entry.file}.npz", found, facts)
+    together.each(todo, lambda entry: predict(work, entry, gradients, device))
+
+
+def predict(work: Path, entry: Entry, gradients: lds.Gradients, device: str) -> None:
+    used, began = ground_truth.subsets(NUM_SUBSETS), time.process_time()
+    if entry.mask:
+        learn(work, Path(entry.mask), device)
+    learned, began = time.process_time() - began, time.process_time()
+    setting = Setting(compress=entry.index["compress"], max_length=MAX_LENGTH)
+    with attach(str(work / "model"), None, setting, Run(), index=Store(str(work / "bound" / entry.file))) as ready:
+        bound = ready.collector.bound
+        rows, asked = (lds.compress(each, bound) for each in (gradients.train, gradients.queries))
+    if entry.curvature == "identity":
+        found = {DEFAULT: ranks(lds.products(rows, asked), used)}
+    else:
+        tried = lds.influence(rows, asked, entry.grid)
+        found = {str(damping): ranks(scores, used) for damping, scores in tried.items()}
+        found[DEFAULT] = found[str(OWN.value)]
+    facts = {"name": entry.name, "k": entry.k, "bytes": 4 * sum(row.shape[1] for row in rows.values())}
+    facts |= {"mask cpu seconds": round(learned, 1), "cpu seconds": round(time.process_time() - began, 1)}
+    keep(work / "table" / f"{entry.file}.npz", found, facts)
 
 
 def measure(work: Path, entries: list[Entry], device: str) -> None:
