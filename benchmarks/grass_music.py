@@ -29,9 +29,10 @@ import lds
 import numpy as np
 import torch
 from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
+from grass_images import DEFAULT as OWN
 from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
-from predictions import Claim, Judged, ceiling, judge, keep, orderings, ranks
+from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
 from together import each, share
 from torch import Tensor
 
@@ -103,6 +104,7 @@ def run(units: Sequence[Unit], work: Path, device: str) -> None:
             print(f"{Path(path).name} {unit}: {time.process_time() - began:.1f} s", flush=True)
     for unit in todo:
         found = {damping: ranks(scores * residual, halves(NUM_SUBSETS, 1)) for damping, scores in total[unit].items()}
+        found[DEFAULT] = found[OWN]
         facts = {"compressor": unit.kind, "k": unit.k, "cpu seconds": round(took[unit], 1)}
         keep(target(work, unit), found, facts)
 
@@ -143,10 +145,10 @@ def gpu_seconds(call: Callable[[], Any]) -> float:
 
 
 def all_seconds(work: Path, device: str) -> None:
-    """Of every compressor and size, into seconds-DEVICE.json."""
+    """Of every compressor and size that was judged, into seconds-DEVICE.json."""
     with attached(models(work)[0], "id", device) as collector:
         gradients = collector.collect(records(work, "train")[:FORMED], name=str).rows["all"]
-    units = [Unit(kind, k) for kind in KINDS for k in SIZES]
+    units = [Unit(kind, k) for kind in KINDS for k in SIZES if target(work, Unit(kind, k)).exists()]
     found = {f"{unit.kind}-{unit.k}": round(seconds(work, unit, gradients, device), 4) for unit in units}
     (work / f"seconds-{device}.json").write_text(
         json.dumps({"on": machine(device), "entries": gradients.shape[1], "found": found})
@@ -185,32 +187,36 @@ def report(work: Path) -> dict[str, Any]:
         "orderings": orderings(CLAIMS, SIZES, found, {device: took["found"] for device, took in timing.items()}),
         "settings": [
             found[key].document()
-            | {COLUMNS[device]: took["found"][f"{key[0]}-{key[1]}"] for device, took in timing.items()}
+            | {COLUMNS[device]: took["found"].get(f"{key[0]}-{key[1]}") for device, took in timing.items()}
             for key in order
         ],
     }  # fmt: skip
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """LDS against the seconds of compression, a line a compressor."""
+    """LDS against the size of a row, and against the seconds of compression; a line a compressor."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = [column for column in COLUMNS.values() if column in document["settings"][0]]
+    found = document["settings"]
+    labels = {
+        "k": "numbers a row", "compress_s": "seconds to compress 5,000 gradients, one CPU thread",
+        "compress_gpu_s": "seconds to compress 5,000 gradients, GPU",
+    }  # fmt: skip
+    columns = [column for column in labels if column in found[0]]
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4), squeeze=False, sharey=True)
     for axis, column in zip(axes[0], columns, strict=True):
         for kind in KINDS:
-            line = [one for one in document["settings"] if one["compressor"] == kind]
-            means = [one["lds"]["mean"] for one in line]
-            spread = [
-                [one["lds"]["mean"] - one["lds"]["low"] for one in line],
-                [one["lds"]["high"] - one["lds"]["mean"] for one in line],
-            ]
-            axis.errorbar([one[column] for one in line], means, yerr=spread, marker="o", capsize=2, label=kind)
-        where = "one CPU thread" if column == "compress_s" else "GPU"
-        axis.set(xscale="log", xlabel=f"seconds to compress 5,000 gradients, {where}", ylabel="LDS")
+            line = [one for one in found if one["compressor"] == kind]
+            judged = [one["lds"] for one in line]
+            spread = [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]
+            axis.errorbar(
+                [one[column] for one in line], [one["mean"] for one in judged], yerr=spread, marker="o", capsize=2,
+                label=kind,
+            )  # fmt: skip
+        axis.set(xscale="log", xlabel=labels[column], ylabel="LDS")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -121,8 +121,10 @@ def orderings(
                 row |= {"difference": gap, "holds": holds}
                 row["certain"] = all((value >= -claim.slack) == holds for value in others)
             if claim.times is not None:
-                ratios = {on: round(each[f"{claim.second}-{k}"] / each[f"{claim.first}-{k}"], 1)
-                          for on, each in seconds.items()}  # fmt: skip
+                one, other = f"{claim.first}-{k}", f"{claim.second}-{k}"
+                ratios = {
+                    on: round(each[other] / each[one], 1) for on, each in seconds.items() if {one, other} <= each.keys()
+                }
                 row |= {"times": ratios, "fast": {on: ratio >= claim.times for on, ratio in ratios.items()}}
             out.append(row)
     return out
