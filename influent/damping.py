@@ -66,7 +66,7 @@ class Published:
 
 PUBLISHED = ("paper", "release")
 DEFAULT = Damping("relative", 0.1)
-# Of EK-FAC at full size, the best of those tried on each of three models: benchmarks/results/kron.json.
+# Of EK-FAC at full size: better than 0.1 and 1 on each of three models (benchmarks/results/kron.json).
 CORRECTED = Damping("relative", 0.01)
 # Of low rank: what lies outside the kept directions counts for less then. See benchmarks/results/lorif.json (agreement
 # with the exact scores) and frontier.json (LDS of whitened rows).
