@@ -24,7 +24,7 @@ def write(document: dict[str, Any], *, picture: bool) -> None:
 def linearity(law: dict[str, Any]) -> list[str]:
     lines = [
         "**One step.** Up to which learning rate the drop is the predicted one within 10 % (each seed), and what share "
-        "of it happens at a tenth of that rate:",
+        "of it happens at a tenth of that rate (or at the least one tried):",
         "",
         "| target | step | rate at 10 % error | actual / predicted below it | correlation |",
         "|---|---|---|---|---|",
@@ -35,6 +35,7 @@ def linearity(law: dict[str, Any]) -> list[str]:
             ("linear layers", "SGD, one row"),
             ("batch, linear layers", f"SGD, {law['batch']} rows"),
             ("all parameters", "SGD of all parameters"),
+            ("all parameters, predicted by linear layers", "the same, foretold by the tracked layers alone"),
             ("Adam, linear layers", "Adam, one row (`--scale adam-step`)"),
         ):
             cell = law[target][form]
