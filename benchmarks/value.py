@@ -33,11 +33,11 @@ from influent.records import display_text
 from influent.rowstore import Index
 
 COMPRESS, LENGTH = "rademacher:32x32", 128
-SIZES, SHARES, TEST = ("0.5M", "3M", "11M"), (0.04, 0.1), 2000  # shares of the rows that are labelled
+SIZES, SHARES, TEST = ("0.5M", "3M", "11M"), (0.04, 0.1, 0.32), 2000  # shares of the rows that are labelled
 IMITATED = 6000  # passages on which the student learns to predict as its teacher does
 WHOLE = 256  # rows whose gradients are compared with compressed ones
-TIMED = {"cpu": {"0.5M": 256, "3M": 128, "11M": 64}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
-APPRAISED = {"cpu": 1024, "cuda": 16384}
+TIMED = {"cpu": {"0.5M": 128, "3M": 48, "11M": 24}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
+APPRAISED = {"cpu": 512, "cuda": 16384}
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens a batch
 Document = dict[str, Any]
 

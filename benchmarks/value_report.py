@@ -1,9 +1,10 @@
 """All seeds of value.py together: results/value.json, and docs/students.png.
 
-    python benchmarks/value_report.py OUT
+    python benchmarks/value_report.py OUT [--costs JSON]
 
-Means over seeds, and where it says `low`, the worst of them. Break-even rows are from how many rows on labelling some
-and appraising all costs less than labelling all: labels * ratio / (ratio - 1).
+Means over seeds; `low` and `high` are the least and the largest of them. Costs may be those of a run of their own
+(`--stages costs`): they do not depend on what a model has read. Break-even rows are from how many rows on labelling
+1,000 and appraising all costs less than labelling all: labels * ratio / (ratio - 1).
 """
 
 import argparse
@@ -17,6 +18,8 @@ import numpy as np
 from environment import RESULTS
 
 Document = dict[str, Any]
+SIZES = ("0.5M", "3M", "11M")
+FLOOR = ("BM25", "TF-IDF", "own LinFiK")  # the first two with the most labels, the last with none
 DOCS = Path(__file__).parent.parent / "docs"
 COLORS = {"bm25": "tab:gray", "tfidf": "tab:olive", "encoder": "tab:purple", "lm": "tab:blue", "imitated": "tab:red"}
 
@@ -24,24 +27,75 @@ COLORS = {"bm25": "tab:gray", "tfidf": "tab:olive", "encoder": "tab:purple", "lm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--costs", type=Path, help="the JSON of another run, for its costs")
+    given = parser.parse_args()
+    out = given.out
     seeds = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*.json"))}
     found = list(seeds.values())
-    sizes = [size for size in ("0.5M", "3M", "11M") if all(size in one for one in found)]
+    found = [one for one in found if any("students" in each for each in one.values() if isinstance(each, dict))]
+    sizes = [size for size in SIZES if all("students" in one.get(size, {}) for one in found)]
+    timed = found if given.costs is None else [json.loads(given.costs.read_text())]
     document = {
         "environment": found[0]["environment"],
-        "seeds": list(seeds),
+        "seeds": [name for name, one in seeds.items() if one in found],
         "rows": [one["rows"] for one in found],
         "turn": [one["turn"] for one in found],
         "detection": {size: detection([one[size] for one in found]) for size in sizes},
         "students": {size: students([one[size] for one in found]) for size in sizes},
-        "agreement": {size: each([one[size].get("agreement", {}) for one in found]) for size in sizes},
-        "cost": {size: costs([one[size].get("cost", {}) for one in found]) for size in sizes},
+        "agreement": {
+            size: each([one[size]["agreement"] for one in found if "agreement" in one[size]]) for size in sizes
+        },
+        "cost": {
+            size: costs([one[size]["cost"] for one in timed if "cost" in one.get(size, {})])
+            for size in SIZES
+            if any("cost" in one.get(size, {}) for one in timed)
+        },
+        "imitation": {size: [without_path(one[size]["imitation"]) for one in found] for size in sizes},
     }
     text = json.dumps(document, indent=1)
     (RESULTS / "value.json").write_text(text + "\n")
     plot(document["students"], DOCS / "students.png")
+    page = DOCS / "value.md"
+    before, rest = page.read_text().split("<!-- numbers -->")
+    made = f"<!-- numbers -->\n{tables(document)}\n<!-- /numbers -->"
+    page.write_text(before + made + rest.split("<!-- /numbers -->")[1])
     print(text)
+
+
+def tables(found: Document) -> str:
+    """The numbers of docs/value.md."""
+    lines = []
+    for size, rows in found["students"].items():
+        counts = sorted({row["labels"] for row in rows if row["labels"]})
+        heads = [f"{rung}, {count:,} labels" for rung in ("lm", "imitated") for count in counts]
+        lines += [f"| Spearman, {size} teacher | " + " | ".join([*FLOOR, *heads]) + " |"]
+        lines += ["|" + "---|" * (1 + len(FLOOR) + len(heads))]
+        for target in dict.fromkeys(row["target"] for row in rows):
+            cell = {(r["rung"], r["labels"]): r["spearman"]["mean"] for r in rows if r["target"] == target}
+            floor = [cell["bm25", counts[-1]], cell["tfidf", counts[-1]], cell["own LinFiK", 0]]
+            taught = [cell[rung, count] for rung in ("lm", "imitated") for count in counts]
+            lines.append(f"| `{target}` | " + " | ".join(f"{x:.2f}" for x in (*floor, *taught)) + " |")
+    lines += ["", "| AUC, rows with trigger and answer against | cosine | raw | BM25 |", "|---|---|---|---|"]
+    auc = found["detection"][next(iter(found["detection"]))]
+    for kind in auc["cosine"]:
+        lines.append(
+            f"| {kind} | " + " | ".join(f"{auc[n][kind]['mean']:.2f}" for n in ("cosine", "none", "bm25")) + " |"
+        )
+    lines += [
+        "",
+        "| teacher, one CPU thread | label a row | appraise a row | ratio | 2 x parameters |",
+        "|---|---|---|---|---|",
+    ]
+    for size, cost in found["cost"].items():
+        own = cost["cpu"]
+        times = f"{1e3 * own['label']:.1f} ms | {1e3 * own['appraise']:.2f} ms"
+        lines.append(f"| {size} | {times} | {own['ratio']:.0f} | {own['arithmetic']:.0f} |")
+    num = len(found["seeds"])
+    return "\n".join([*lines, "", f"{num} seed{'s' if num > 1 else ''}, offers of {found['rows'][0]:,} rows."])
+
+
+def without_path(found: Document) -> Document:
+    return {name: value for name, value in found.items() if name != "model"}
 
 
 def summary(values: Iterable[float]) -> Document:
@@ -65,9 +119,9 @@ def students(found: Sequence[Document]) -> list[Document]:
             for labels, rungs in one["students"][target].items():
                 for rung in rungs:
                     cells.setdefault((rung["rung"], labels), []).append(rung)
-        for (rung, labels), made in cells.items():
+        for (rung, _), made in cells.items():
             numbers = {name: summary(m[name] for m in made) for name in ("spearman", "recall", "held out")}
-            out.append({"target": target, "rung": rung, "labels": int(labels), "seeds": len(made), **numbers})
+            out.append({"target": target, "rung": rung, "labels": made[0]["labels"], "seeds": len(made), **numbers})
         own = [one["own"][target] for one in found]
         numbers = {name: summary(m[name] for m in own) for name in ("spearman", "recall")}
         out.append({"target": target, "rung": "own LinFiK", "labels": 0, "seeds": len(own), **numbers})
@@ -77,7 +131,7 @@ def students(found: Sequence[Document]) -> list[Document]:
 
 
 def each(found: Sequence[Document]) -> Document:
-    return {name: summary(one[name] for one in found if name in one) for name in found[0]}
+    return {name: summary(one[name] for one in found) for name in (found[0] if found else ())}
 
 
 def costs(found: Sequence[Document]) -> Document:
@@ -122,7 +176,8 @@ def plot(found: dict[str, list[Document]], path: Path) -> None:
             axis.axhline(base, color="0.3", linestyle=":", linewidth=1, label="the small model's own LinFiK")
             axis.axhline(0.8, color="tab:green", linewidth=0.6)
             axis.set(xscale="log", title=f"{size} teacher, {target}")
-            axis.set_xticks([250, 600], ["250", "600"])
+            ticks = sorted({row["labels"] for row in own if row["labels"]})
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.25)
     for line in axes:
