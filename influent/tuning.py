@@ -82,7 +82,7 @@ def tune(
         run.epoch(progress)
     run.restore(BEST)
     small.model.requires_grad_(False)
-    x = _frozen(small, [rows[i] for i in np.flatnonzero(validation)])
+    x = _frozen(small, [rows[i] for i in np.flatnonzero(validation).tolist()])
     ridge = run.ridge()
     tuned = LanguageModel(small.model, small.task, token_budget=small.token_budget, kind="tuned", side=small.side)
     return Tuned(tuned, ridge, validation, ridge(x), run.best_epoch)
