@@ -124,7 +124,7 @@ def drift(law: dict[str, Any]) -> list[str]:
 
 
 def attack(law: dict[str, Any]) -> list[str]:
-    rules = ("lower_bound", "per_token", "equal", "mechanism", "purchase, diversity 0", "purchase, diversity 10")
+    rules = ("lower_bound", "per_token", "equal", "mechanism", "purchase, diversity 0", "purchase, diversity 1")
     lines = [
         "**Copies.** What a provider of middle value is paid of 1,000, honest and after offering 20 rows ten times "
         "more (its own best, the best provider's, or its own with two words swapped), mean over seeds:",
