@@ -188,7 +188,7 @@ def test_queries_cut_to_a_rank(here):
 
 
 def test_a_curvature_of_whole_gradients_takes_no_mix(here):
-    with pytest.raises(SpecError, match="mix is for the Fisher matrix, curvature fim, not for ekfac"):
+    with pytest.raises(SpecError, match="mix is for fim, lowrank, .*, not for ekfac: leave it out"):
         influent.query(str(here / "live"), queries=QUERIES, mix=0.5)
 
 

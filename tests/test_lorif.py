@@ -35,13 +35,17 @@ def test_the_name_of_the_method_is_enough(place):
     assert found["method"]["curvature"] == "lowrank:512:relative:1"
 
 
-def test_row_bytes_size_bases_and_rank_together(place, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "compress", "rows"),
+    [(240, "whiten:11x11 | rotate", "dense:sign"), (620, "whiten:32x32", "rank:2:int4")],
+)
+def test_row_bytes_size_bases_and_codec_together(size, compress, rows, place, tmp_path):
     out = str(tmp_path / "index")
-    influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=240)
+    influent.index(str(place / "model"), str(place / "data.jsonl"), out, method="lorif", row_bytes=size)
     opened = Index.open(out)
-    side = int(opened.spec["compress"].partition("x")[2])
-    assert (opened.spec["compress"], str(opened.codec)) == (f"whiten:{side}x{side}", f"rank:{max(1, side // 16)}:int4")
-    assert 200 < opened.layout.row_bytes + len(opened.keys) <= 240  # with the byte for what the cut kept
+    assert (opened.spec["compress"], str(opened.codec)) == (compress, rows)
+    told = 0 if opened.codec.rank is None else len(opened.keys)  # a byte for what the cut kept
+    assert 0.8 * size < opened.layout.row_bytes + told <= size
     top = influent.query(out, **ASK, k=2)["queries"][0]["top"]
     assert "japan" in {row["id"] for row in top}
 
