@@ -183,7 +183,7 @@ def method_facts(opened: Ensemble, fits: Sequence[AnyCurvature]) -> dict[str, An
 
 
 def check_fit(name: str, damping: str | None, labels: str | None = None) -> Choice:
-    """What `influent fit` is asked for, from a name with or without a damping (by default 0.1).
+    """What `influent fit` is asked for, from a name with or without a damping (by default 0.1, of ekfac 0.01).
 
     Raises SpecError for a damping that identity or a fit of low rank cannot take, or a name and a damping that differ.
     """

@@ -143,7 +143,8 @@ class FromIndex:
         """Self-influence of every row, [N]."""
         document = self_influence(
             self.index.path, k=self.index.n, curvature=self.curvature, damping=self.damping, parity=self.parity,
-            memory=self.memory, progress=progress,
+            memory=self.memory, model=self.model, task=self.task, token_budget=self.token_budget, device=self.device,
+            progress=progress,
         )  # fmt: skip
         values = np.empty(self.index.n)
         for row in document["rows"]:

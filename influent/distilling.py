@@ -8,10 +8,11 @@ fails. What is public of ALinFiK (Pan et al., NAACL 2025) is an abstract; this i
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -125,9 +126,11 @@ def distill(
         **({"unit": unit_of(opened, normalize)} if "scale" in opened.spec else {}),
     }  # fmt: skip
     path = student if kept == "lm" else encoder
-    files = students.copy_model(path, store) if embed_model and path is not None and kept in ("lm", "encoder") else []
+    files: Callable[[], Sequence[str]] = tuple
     if kept == "tuned" and isinstance(best.features, LanguageModel):
-        path, files = None, students.save_model(best.features, store)
+        path, files = None, partial(students.save_model, best.features, store)
+    elif embed_model and path is not None and kept in ("lm", "encoder"):
+        path, files = None, partial(students.copy_model, path, store)
     fidelity = {
         "spearman": best.spearman, "recall": best.recall, "labels": len(chosen), "held": int(held.sum()),
     }  # fmt: skip
@@ -139,7 +142,7 @@ def distill(
         "baseline": baseline, "cost": _cost(opened, small, len(chosen)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    notes = {"model": None if path is None or files else noted_path(path), "target": wanted.facts(target)["file"]}
+    notes = {"model": None if path is None else noted_path(path), "target": wanted.facts(target)["file"]}
     summary = {name: document[name] for name in ("fidelity", "rungs", "labels", "target", "date")}
     saved = students.save(store, spec, best.features, best.head, summary=summary, notes=notes, files=files)
     every = [row["hash"] or "" for row in opened.catalog.fields("hash")]
@@ -387,5 +390,7 @@ def _asked(
             raise SpecError(f"{name} is {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if rung == "encoder" and encoder is None:
         raise SpecError("the rung encoder needs --encoder, a sentence encoder's folder")
+    if epochs is not None and rung not in ("auto", "tuned"):
+        raise SpecError(f"epochs are for the rung tuned (or auto), not for {rung}: leave them out")
     climbed = {"encoder": encoder is not None, "tuned": epochs is not None}
     return [name for name in RUNGS if name == rung or (rung == "auto" and climbed.get(name, True))]

@@ -135,10 +135,10 @@ def _check_scale(
 ) -> list[str] | list[None]:
     """The state of each checkpoint."""
     states = [optimizer] if isinstance(optimizer, str) else list(optimizer or ())
-    if scale not in ("none", "adam", "adam-step") or (scale == "none") != (not states):
-        raise SpecError(
-            f"scale is {scale!r} and optimizer {optimizer!r}: expected none, or adam or adam-step and its state's file"
-        )
+    if scale not in ("none", "adam", "adam-step"):
+        raise SpecError(f"scale is {scale!r}, expected none, adam or adam-step")
+    if (scale == "none") != (not states):
+        raise SpecError("--optimizer FILE, a state of Adam, and --scale adam or adam-step go together: give both")
     if states and len(states) != num_members:
         raise SpecError(f"optimizer: expected {num_members} states, one a checkpoint in their order, got {len(states)}")
     if scale == "adam-step" and (own.curvature, own.target) != ("identity", "loss"):

@@ -8,7 +8,7 @@ Legend: Q queries (and their matrices [I, O]), B rows of a batch, T positions, k
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 import torch
@@ -19,6 +19,7 @@ from influent.errors import NumericsError
 from influent.gradients import LowRank, Outer, Side
 from influent.kernels import prepare
 from influent.layers import Block, device_of
+from influent.loading import matmul_precision
 from influent.pairs import Pairs
 from influent.passes import Item, Passes
 from influent.progress import Progress
@@ -131,6 +132,7 @@ class LiveScorer:
     Args:
         passes: the model, and the rows that have a gradient; the others score 0.
         lengths: of the queries, to normalise by both lengths. spread: [N], to divide each row's score by.
+        precision: of the passes' products, the index's own; by default the one that is in force now.
     """
 
     passes: Passes
@@ -138,6 +140,7 @@ class LiveScorer:
     lengths: Float[Tensor, " Q"] | None = None
     spread: Float[Tensor, " N"] | None = None
     progress: Progress | None = None
+    precision: str = field(default_factory=torch.get_float32_matmul_precision)
 
     @property
     def num_queries(self) -> int:
@@ -149,6 +152,10 @@ class LiveScorer:
         Raises:
             NumericsError: a gradient is not finite; names the row.
         """
+        with matmul_precision(self.precision):
+            return self._scores(lo, hi)
+
+    def _scores(self, lo: int, hi: int) -> Float[Tensor, "Q n"]:
         products = Products(self.queries, device_of(self.passes.model))
         lengths = None if self.lengths is None else Quadratics(_squares, products.device)
         receiver = products if lengths is None else _Both(products, lengths)

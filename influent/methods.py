@@ -133,7 +133,8 @@ def fit(
             `sketch:512` (the same from one pass, and from the new rows alone once rows are appended) or `identity`; or,
             through the model, `kfac` or `ekfac` of whole gradients, which then act on a query before its compressor,
             `ekfac:compressed` of the compressed sides. By default the method's own, or fim if that is identity.
-        damping: `relative:0.1` of each block's mean eigenvalue (the default; 1 of low rank), or `absolute:1e-3`.
+        damping: `relative:0.1` of each block's mean eigenvalue (the default; 0.01 of ekfac, 1 of low rank), or
+            `absolute:1e-3`.
         labels: for kfac and ekfac `sampled` from the model (the default) or `empirical`: the data's.
         memory: MiB for the rows that are held at a time (256 by default), or for the layers of kfac and ekfac (2,048).
             Results do not depend on it.

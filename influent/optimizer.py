@@ -195,6 +195,8 @@ def _entry(file: Path, name: str, parameter: Tensor, state: Mapping[str, Any], g
 
 def _check_plain(file: Path, group: Mapping[str, Any]) -> None:
     odd = [name for name in ("amsgrad", "maximize") if group.get(name)]
+    if "amsgrad" not in group:  # NAdam and RAdam keep the same averages and take other steps
+        odd.append("another rule than Adam's (NAdam, RAdam, ...)")
     if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
         odd.append("weight_decay inside the gradient (Adam's; AdamW's is apart)")
     if odd:

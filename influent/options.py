@@ -15,10 +15,13 @@ Out = Annotated[str | None, typer.Option("-o", "--out", metavar="FILE", help="Al
 DAMPING = "relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: "
 FitDamping = Annotated[
     str | None,
-    typer.Option(metavar="D", help=f"{DAMPING}relative:0.1; of low rank relative:1 (shown now, chosen at the query)."),
+    typer.Option(
+        metavar="D", help=f"{DAMPING}relative:0.1; of ekfac 0.01, of low rank 1 (shown now, chosen at the query)."
+    ),
 ]
 Damping = Annotated[
-    str | None, typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of low rank 1.")
+    str | None,
+    typer.Option(metavar="D", help=f"{DAMPING}that of the only fim fit; else 0.1, of ekfac 0.01, of low rank 1."),
 ]
 Checkpoints = Annotated[
     list[str] | None,

@@ -36,7 +36,8 @@ def _pairs(path: str, ids: Sequence[str | None] | None, shape: tuple[int, int]) 
     found, places = np.zeros(shape, dtype=bool), {name: row for row, name in enumerate(ids or ()) if name is not None}
     for record in read_records(path):
         query = _number(record.fields, "query", shape[0])
-        row = _number(record.fields, "row", shape[1]) if "id" not in record.fields else places.get(record.fields["id"])
+        name = record.fields.get("id")
+        row = _number(record.fields, "row", shape[1]) if name is None else places.get(str(name))
         if query is None or row is None:
             raise DataError(
                 f"{record.where}: expected `query`, 0 to {shape[0] - 1}, and the `id` of a row (or `row`, 0 to "
@@ -48,7 +49,7 @@ def _pairs(path: str, ids: Sequence[str | None] | None, shape: tuple[int, int]) 
 
 def _number(fields: Mapping[str, Any], name: str, below: int) -> int | None:
     try:
-        number = int(fields[name])
-    except (KeyError, TypeError, ValueError):
+        given, number = float(fields[name]), int(fields[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return number if 0 <= number < below else None
+    return number if given == number and 0 <= number < below else None

@@ -8,7 +8,7 @@ handed out alone. Not here: fitting (distilling.py), scoring an offer (appraisin
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -62,9 +62,10 @@ def save(
     *,
     summary: dict[str, Any],
     notes: dict[str, Any],
-    files: Sequence[str] = (),
+    files: Callable[[], Sequence[str]] = tuple,
 ) -> str:
-    """Write a student; its digest. `files` are those of the small model, if they lie there, which it then vouches for.
+    """Write a student; its digest. `files` puts the small model's files there, if it goes along, and names them: the
+    student then vouches for them. Nothing is written over another student.
 
     Raises MismatchError when another student is there.
     """
@@ -81,7 +82,7 @@ def save(
         stored = {name: torch.from_numpy(np.asarray(value, dtype=np.float64)) for name, value in tensors.items()}
         stored |= {f"features.{name}": tensor for name, tensor in features.tensors.items()}
         writer.put(HEAD, stored)
-        writer.commit(summary, files=files)
+        writer.commit(summary, files=files())
     return writer.digest
 
 

@@ -83,7 +83,8 @@ def gradients(
         )
     with attach(model_of(model, index), task, setting_of(index), run, index=index.store) as attached:
         check_same(index, attached)
-        return solving.gradients(attached, Asked(target.examples), progress)
+        made = solving.gradients(attached, Asked(target.examples), progress)
+    return {key: rows.cpu() for key, rows in made.items()}
 
 
 def direction(queries: dict[str, Tensor], normalize: str) -> dict[str, Tensor]:

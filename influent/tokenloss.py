@@ -24,7 +24,7 @@ def token_margins(logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"]) -> Fl
     """log(p / (1 - p)) of the labels: their logit less the log-sum-exp of all others, which does not lose 1 - p to
     rounding where p is near 1."""
     x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    at = labels.unsqueeze(1)
+    at = labels.long().unsqueeze(1)
     return x.gather(1, at).squeeze(1) - x.scatter(1, at, float("-inf")).logsumexp(1)
 
 

@@ -34,12 +34,13 @@ def own_values(
     setting = Setting(compress=compress, max_length=max_length)
     found = []
     with attach(model, None, setting, Run(token_budget=token_budget, device=device)) as attached:
-        asked = direction(solving.gradients(attached, Asked(target.examples)), normalize)
+        queries = solving.gradients(attached, Asked(target.examples))
+        asked = direction({key: q.cpu() for key, q in queries.items()}, normalize)
         for lo in range(0, len(rows), BATCH):
             made = attached.collector.collect(rows[lo : lo + BATCH], name=lambda i, lo=lo: f"row {lo + i}")
-            pairs = [(made.rows[key].double(), q[0].double()) for key, q in asked.items()]
+            pairs = [(made.rows[key].cpu().double(), q[0].double()) for key, q in asked.items()]
             products = torch.stack([row @ q for row, q in pairs]).sum(0)
             squares = torch.stack([row.square().sum(1) for row, _ in pairs]).sum(0)
             scale = torch.where(squares > 0, squares.rsqrt(), 0.0) if normalize == "cosine" else 1.0
-            found.append((products * scale).cpu())
+            found.append(products * scale)
     return torch.cat(found).numpy()

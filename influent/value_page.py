@@ -71,7 +71,7 @@ def print_value(doc: Doc, console: Console) -> None:
             head = f"{row['value']:+.4g}  {_line(row['id'])} ({_line(row['provider'] or row['source'] or '')})  "
             say(_clip(head + _line(row["text"]), console.width))
     console.print()
-    say(f"value: {method['unit']}; positive = training on it lowered the queries' loss")
+    say(f"value: {method['unit']}; positive = training on it lowers the queries' loss")
     say(CAUTION)
 
 

@@ -188,6 +188,9 @@ def test_states_of_another_optimizer_are_refused(made, tmp_path):  # noqa: F811
     ]:
         torch.save({**state, "param_groups": [{**group, **change}]}, tmp_path / "odd.pt")
         refused(net, data, tmp_path / "odd.pt", message)
+    nadam = {key: value for key, value in group.items() if key != "amsgrad"}
+    torch.save({**state, "param_groups": [nadam]}, tmp_path / "odd.pt")
+    refused(net, data, tmp_path / "odd.pt", "another rule than Adam's")
     state["state"][0]["step"] = torch.tensor(9.0)
     torch.save(state, tmp_path / "steps.pt")
     refused(net, data, tmp_path / "steps.pt", "differ between the tracked parameters")

@@ -116,8 +116,8 @@ def test_states_that_do_not_fit_are_refused(made, tmp_path):
     torch.save(torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9).state_dict(), tmp_path / "sgd.pt")
     save_file({"head.weight": torch.zeros(3, 10)}, tmp_path / "few.safetensors")
     for options, message in [
-        ({"scale": "adam"}, "expected none, or adam or adam-step and its"),
-        ({"optimizer": "x.pt"}, "expected none, or adam or adam-step and its"),
+        ({"scale": "adam"}, "--optimizer FILE, a state of Adam, and --scale adam or adam-step go together"),
+        ({"optimizer": "x.pt"}, "--optimizer FILE, a state of Adam, and --scale adam or adam-step go together"),
         ({"scale": "adam", "optimizer": str(tmp_path / "none.pt")}, "no such file"),
         ({"scale": "adam", "optimizer": str(tmp_path / "text.pt")}, "not the state of a torch optimizer"),
         ({"scale": "adam", "optimizer": str(tmp_path / "text.safetensors")}, "not a safetensors file"),

@@ -62,6 +62,12 @@ def influent_ids() -> list[str | None]:
 
 
 def test_judgements_that_do_not_fit_are_named(here, tmp_path):  # noqa: F811
+    (tmp_path / "numbers.jsonl").write_text('{"query": 0, "id": 12}\n{"query": 1, "id": null, "row": 0}\n')
+    found = relevance.read(str(tmp_path / "numbers.jsonl"), ["11", "12"], (2, 2))  # ids that are written as numbers
+    assert found.tolist() == [[False, True], [True, False]]
+    (tmp_path / "half.jsonl").write_text('{"query": 0.7, "row": 1}\n')
+    with pytest.raises(DataError, match="`query`, 0 to 1"):
+        relevance.read(str(tmp_path / "half.jsonl"), ["11", "12"], (2, 2))
     (tmp_path / "odd.csv").write_text("query,row\n0,1\n9,1\n")
     with pytest.raises(DataError, match=r"odd.csv.*`query`, 0 to 3"):
         relevance.read(str(tmp_path / "odd.csv"), None, (4, N))

@@ -241,6 +241,8 @@ def test_the_small_model_may_travel_and_must_be_the_same(here, tmp_path):
     distill(here, str(tmp_path / "s"), rung="lm", embed_model=True)
     shutil.move(tmp_path / "s", tmp_path / "moved")
     assert open_student(str(tmp_path / "moved"))(ROWS[:1])[0].shape == (1,)
+    with pytest.raises(MismatchError):  # and what is refused leaves the student that is there as it is
+        distill(here, str(tmp_path / "moved"), rung="lm", embed_model=True, student=str(here / "large"))
     assert influent.verify(str(tmp_path / "moved"))["ok"]
     with pytest.raises(MismatchError, match="another small model"):
         open_student(str(tmp_path / "moved"), model=str(here / "large"))

@@ -146,6 +146,7 @@ def test_residuals_are_stored_and_a_stranger_finds_them(tmp_path):
 def test_margins_stay_finite_where_the_probability_is_one():
     logits = torch.tensor([[60.0, 0.0, -5.0], [0.0, 200.0, -300.0]], requires_grad=True)
     found = token_margins(logits, torch.tensor([0, 0]))
+    assert torch.equal(token_margins(logits, torch.tensor([0, 0], dtype=torch.uint8)), found)
     torch.testing.assert_close(found, torch.tensor([60 - float(np.logaddexp(0, -5)), -200.0]))
     found.sum().backward()
     assert logits.grad is not None and bool(logits.grad.isfinite().all()) and logits.grad[0, 0] == 1

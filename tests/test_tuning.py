@@ -98,6 +98,8 @@ def test_a_killed_run_goes_on_to_the_same_end(here, tmp_path):  # noqa: F811
 
 
 def test_a_student_of_it_carries_the_trained_model(here, tmp_path):  # noqa: F811
+    with pytest.raises(SpecError, match="epochs are for the rung tuned"):
+        distill(here, str(tmp_path / "s"), rung="lm", epochs=2)
     made = distill(here, str(tmp_path / "s"), rung="tuned", epochs=2, rate=1e-3, labels=60)
     assert [rung["rung"] for rung in made["rungs"]] == ["tuned"]
     assert made["baseline"] is not None
