@@ -8,7 +8,7 @@ only the gradient is written. Not here: which tokens are targets (task.py).
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 # Entries of the logits worked on at once: small enough for a CPU's cache, large enough to fill an accelerator.
@@ -20,7 +20,7 @@ def token_losses(logits: Float[Tensor, "n V"], at: Int[Tensor, " m"], labels: In
     return _TokenLosses.apply(logits, at, labels)
 
 
-def token_margins(logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def token_margins(logits: Float[Tensor, "n V"], labels: Integer[Tensor, " n"]) -> Float[Tensor, " n"]:
     """log(p / (1 - p)) of the labels: their logit less the log-sum-exp of all others, which does not lose 1 - p to
     rounding where p is near 1."""
     x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
