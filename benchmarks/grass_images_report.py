@@ -118,7 +118,7 @@ def claims_of(model: str) -> list[tuple[str, str, str, float, float]]:
 def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     """The paper's claims, each with the difference and whether it holds: None until both sides are measured.
 
-    `settled`: the interval has the least difference on one side, and so has the mean at the default damping. `fast`:
+    `settled`: the interval has the least difference on one side, and so has that at the default damping. `fast`:
     whether it is as fast as claimed, once that is known.
     """
     by, out = {(one["compressor"], one["k"]): one for one in found}, []
@@ -129,8 +129,9 @@ def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
                 one, other = by[first, k], by[second, k]
                 gap = difference(one, other)
                 entry |= {"difference": gap, "holds": bool(gap["mean"] >= least)}
-                certain = gap["low"] >= least or gap["high"] < least
-                entry["settled"] = bool(certain and (gap["at default"]["mean"] >= least) == entry["holds"])
+                side = "low" if entry["holds"] else "high"
+                ends = gap[side], gap["at default"][side]
+                entry["settled"] = all(bool(end >= least) == entry["holds"] for end in ends)
                 if None not in (one["compress_s"], other["compress_s"]):
                     times = other["compress_s"] / one["compress_s"]
                     entry |= {"times": round(times, 1), "fast": {"cpu": times > faster}}

@@ -208,7 +208,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     columns = [column for column in labels if column in found[0]]
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4), squeeze=False, sharey=True)
     for axis, column in zip(axes[0], columns, strict=True):
-        for kind in KINDS:
+        for kind in (kind for kind in KINDS if any(one["compressor"] == kind for one in found)):
             line = [one for one in found if one["compressor"] == kind]
             judged = [one["lds"] for one in line]
             spread = [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]

@@ -10,17 +10,18 @@ METHODS = {"trak": "TRAK", "ekfac": "EK-FAC"}
 
 
 def readme() -> str:
-    """A line a run: what of, whose, LDS, CPU seconds, peak memory; then each peer's run against ours."""
+    """A line a run: what of, whose, LDS, CPU seconds, peak memory; then a line of each peer's run against ours."""
     path = RESULTS / "peers.json"
     if not path.exists():
         return "Not measured yet."
     found = json.loads(path.read_text())
     lines = ["| method | whose | LDS | CPU seconds | peak memory |", "|---|---|---|---|---|"]
     lines += [line(run) for run in sorted(found["runs"], key=title)]
-    against = "; ".join(compared(each) for each in found["comparisons"])
+    against = [f"- {compared(each)}" for each in found["comparisons"]]
     cpus = ", ".join(sorted({run["cpu"].replace("(R)", "") for run in found["runs"]}))
     torches = ", ".join(sorted({run["torch"] for run in found["runs"]}))
-    return "\n".join([*lines, "", f"{against}. One thread of an {cpus}, torch {torches}."])
+    note = f"One thread of an {cpus}, torch {torches}."
+    return "\n".join([*lines, "", "LDS of ours less that of the peer:", "", *against, "", note])
 
 
 def title(run: Row) -> str:
@@ -36,11 +37,10 @@ def line(run: Row) -> str:
 
 
 def compared(each: Row) -> str:
-    """`TRAK of dattri: LDS +0.010 (-0.002 to +0.020), 9.1 x the time, 1.6 x the memory`, ours less or under theirs."""
+    """`TRAK, dattri: +0.010 (-0.002 to +0.020), at 9.1 x our time, 1.6 x our memory`: ours less theirs."""
     gap = each["lds difference"]
     damping = ", default damping" if each["damping"] == "its default" else ""
     return (
-        f"{title(each)}, ours less that of {each['peer']}{damping}: {gap['mean']:+.3f} ({gap['low']:+.3f} to "
-        f"{gap['high']:+.3f}), which takes {each['cpu times']:.1f} x our time, "
-        f"{each['memory times']:.1f} x our memory"
+        f"{title(each)}, {each['peer']}{damping}: {gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f}), at "
+        f"{each['cpu times']:.1f} x our time, {each['memory times']:.1f} x our memory"
     )

@@ -107,8 +107,8 @@ def orderings(
 ) -> list[dict[str, Any]]:
     """Each claim at each size: the difference of LDS, the ratio of seconds by device, and whether either holds.
 
-    `certain` means that the interval, every seed of the trainings and the default damping say the same of the LDS as
-    the mean does; `holds` is None of what is not measured yet.
+    `certain` means that the interval, every seed of the trainings and the interval at the default damping say the same
+    of the LDS as the mean does; `holds` is None of what is not measured yet.
     """
     out = []
     for claim in claims:
@@ -117,7 +117,8 @@ def orderings(
             if (claim.first, k) in found and (claim.second, k) in found:
                 gap = difference(found[claim.first, k], found[claim.second, k])
                 holds = gap["mean"] >= -claim.slack
-                others = [gap["low"] if holds else gap["high"], *gap["by seed"], gap["at default"]["mean"]]
+                side = "low" if holds else "high"
+                others = [gap[side], *gap["by seed"], gap["at default"][side]]
                 row |= {"difference": gap, "holds": holds}
                 row["certain"] = all((value >= -claim.slack) == holds for value in others)
             if claim.times is not None:

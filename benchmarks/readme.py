@@ -97,13 +97,12 @@ def lorif() -> str:
         )
     agree = {f: found["spearman"][f"f={f}"]["LoRIF c=1"]["truncated with exact"]["mean"] for f in (16, 32)}
     kept = ", ".join(
-        f"{values['exact with dense']['mean']:.2f} at {name.removeprefix('LoRIF ')}"
-        for name, values in found["spearman"]["f=32"].items()
-        if name in ("LoRIF c=1", "LoRIF c=2", "LoRIF c=4", "LoRIF c=8")
+        f"{found['spearman']['f=32'][f'LoRIF {c}']['exact with dense']['mean']:.2f} at {c}"
+        for c in ("c=1", "c=2", "c=4", "c=8")
     )
     note = (
         f"Spearman of the truncated curvature's scores with the exact ones of the same rows: {agree[16]:.4f} (f = 16), "
-        f"{agree[32]:.4f} (f = 32); of rank-c rows with dense ones (f = 32): {kept}."
+        f"{agree[32]:.4f} (f = 32);\nof rank-c rows with dense ones (f = 32): {kept}."
     )
     return "\n".join([*lines, "", note, "", *(_gains(found, f) for f in (16, 32))])
 

@@ -83,7 +83,7 @@ def tables(found: Document) -> str:
         )
     lines += [
         "",
-        "| teacher, one CPU thread | label a row | appraise a row | ratio | 2 x parameters |",
+        "| teacher, one CPU thread | label a row | appraise a row | ratio | by arithmetic |",
         "|---|---|---|---|---|",
     ]
     for size, cost in found["cost"].items():
