@@ -213,7 +213,7 @@ def test_help_names_what_an_option_takes(verb: str, capsys: pytest.CaptureFixtur
     says = {
         "index": ["MODEL", "DATA", "--rows CODEC dense:BITS or rank:C:BITS", "searched in module names"],
         "fit": [
-            "--damping D relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1; of low"
+            "--damping D relative:NUMBER of the mean eigenvalue, or absolute:NUMBER. Default: relative:0.1; of ekfac"
         ],
     }
     assert [part for part in says.get(verb, []) if part not in page] == []
