@@ -24,6 +24,11 @@ def judged(each: np.ndarray) -> dict[str, float]:
     return {"mean": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
+def whiskers(judged: list[dict[str, float]]) -> list[list[float]]:
+    """How far the intervals reach below and above their means, [2][n]: `yerr` of matplotlib."""
+    return [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]
+
+
 def tuning(num_queries: int) -> np.ndarray:
     """The tenth of the queries on which the damping is chosen."""
     chosen = np.zeros(num_queries, bool)
@@ -182,14 +187,11 @@ def plot(document: dict[str, Any], path: Path) -> None:
             settings = document[model]["settings"]
             line = [one for one in settings if one["compressor"] == kind and one["compress_s"] is not None]
             if line:
-                means = [one["lds"]["mean"] for one in line]
-                spread = [
-                    [mean - one["lds"]["low"] for mean, one in zip(means, line, strict=True)],
-                    [one["lds"]["high"] - mean for mean, one in zip(means, line, strict=True)],
-                ]
+                found = [one["lds"] for one in line]
                 axis.errorbar(
-                    [one["compress_s"] for one in line], means, yerr=spread, marker="o", capsize=2, label=kind
-                )
+                    [one["compress_s"] for one in line], [one["mean"] for one in found], yerr=whiskers(found),
+                    marker="o", capsize=2, label=kind,
+                )  # fmt: skip
         axis.set(title=model, xscale="log", xlabel="CPU seconds to compress 5,000 gradients", ylabel="LDS")
         axis.legend(fontsize=8)
     figure.tight_layout()

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
 from grass_images import DEFAULT as OWN
+from grass_images_report import whiskers
 from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
 from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
@@ -208,13 +209,14 @@ def plot(document: dict[str, Any], path: Path) -> None:
     columns = [column for column in labels if column in found[0]]
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4), squeeze=False, sharey=True)
     for axis, column in zip(axes[0], columns, strict=True):
-        for kind in (kind for kind in KINDS if any(one["compressor"] == kind for one in found)):
+        for kind in KINDS:
             line = [one for one in found if one["compressor"] == kind]
+            if not line:  # not measured yet
+                continue
             judged = [one["lds"] for one in line]
-            spread = [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]
             axis.errorbar(
-                [one[column] for one in line], [one["mean"] for one in judged], yerr=spread, marker="o", capsize=2,
-                label=kind,
+                [one[column] for one in line], [one["mean"] for one in judged], yerr=whiskers(judged),
+                marker="o", capsize=2, label=kind,
             )  # fmt: skip
         axis.set(xscale="log", xlabel=labels[column], ylabel="LDS")
         axis.legend(fontsize=8)

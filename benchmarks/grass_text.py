@@ -33,6 +33,7 @@ import numpy as np
 import together
 import torch
 from environment import save
+from grass_images_report import whiskers
 from grass_music import cpu_seconds, gpu_seconds
 from image_truth import exact_float32, machine
 from lds import MAX_LENGTH
@@ -336,8 +337,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     others.sort(key=lambda row: -row["lds"]["mean"])
     places = np.arange(len(others))
     judged = [row["lds"] for row in others]
-    spread = [[each["mean"] - each["low"] for each in judged], [each["high"] - each["mean"] for each in judged]]
-    right.bar(places, [each["mean"] for each in judged], yerr=spread, color="C7", error_kw={"elinewidth": 0.8})
+    means = [each["mean"] for each in judged]
+    right.bar(places, means, yerr=whiskers(judged), color="C7", error_kw={"elinewidth": 0.8})
     right.set_xticks(places, [row["name"] for row in others], rotation=60, ha="right", fontsize=8)
     right.set_title("Beside them")
     for axis in (left, right):
