@@ -9,61 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from .digests import canonical_json, difference, digest, hash_bytes, hash_object
 from .errors import CorruptError, FormatError, MismatchError
 from .payload import Payload, encode
+from .shardrecord import SINCE, Record, stem
 from .storage import Store
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = [1, 1]
+FORMAT = [1, 2]
 READER = "influent 0.1"  # the first release that reads this format; a reader that cannot says so
 KNOWN = frozenset({"codec", "append", "ensemble", "residual", "live"})  # features beyond 1.0 that this release reads
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One committed shard: its row range [lo, hi) if it holds rows, its payload's size and hash, and the digest of
-    the spec or of the generation that it belongs to."""
-
-    name: str
-    rows: tuple[int, int] | None
-    bytes: int
-    hash: str
-    meta: dict[str, Any]
-    spec: str
-
-    @property
-    def payload(self) -> str:
-        return f"{_stem(self.name)}.safetensors"
-
-    def to_json(self) -> dict[str, Any]:
-        rows = list(self.rows) if self.rows else None
-        return {
-            "name": self.name, "rows": rows, "bytes": self.bytes, "hash": self.hash, "spec": self.spec,
-            "meta": self.meta,
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, obj: Any) -> Record:
-        """The record; ValueError when a field is absent or of the wrong kind."""
-        if not isinstance(obj, dict):
-            raise ValueError(f"a record must be an object, got {type(obj).__name__}")
-        for field, kind in (("name", str), ("bytes", int), ("hash", str), ("spec", str), ("meta", dict)):
-            if not isinstance(obj.get(field), kind):
-                raise ValueError(f"the record's {field} must be {kind.__name__}, got {obj.get(field)!r}")
-        rows = obj.get("rows")
-        if rows is not None:
-            if not (isinstance(rows, list) and len(rows) == 2 and all(type(r) is int for r in rows)):
-                raise ValueError(f"the record's rows must be [lo, hi] or null, got {rows!r}")
-            rows = (rows[0], rows[1])
-        return cls(obj["name"], rows, obj["bytes"], obj["hash"], obj["meta"], obj["spec"])
 
 
 class ArtifactWriter:
@@ -73,6 +32,7 @@ class ArtifactWriter:
         self.store, self.kind, self.spec, self.notes = store, head["kind"], head["spec"], head["notes"]
         self.digest: str = head["digest"]
         self.requires: list[str] = head["requires"]
+        self.minor: int = head["format"][1]  # that of the release which began: its bytes are gone on with
         self.base = base  # the generation that rows are added to
         self._added = [*base.data, data] if base else []
         self.owner = generation_digest(self.digest, self._added) if base else self.digest
@@ -106,7 +66,7 @@ class ArtifactWriter:
             return cls(store, head)
         if store.exists("manifest.json"):
             raise CorruptError(f"{store}/spec.json: missing, but there is a manifest.json; {_redo('spec.json')}")
-        head = {**_version(kind, requires), "spec": spec, "digest": digest(spec), "notes": notes or {}}
+        head = {**_version(kind, requires, FORMAT[1]), "spec": spec, "digest": digest(spec), "notes": notes or {}}
         store.put("spec.json", canonical_json(head))
         return cls(store, head)
 
@@ -127,9 +87,9 @@ class ArtifactWriter:
         """Write one shard, payload first and record after it; the record is what makes the shard count."""
         parts = encode(tensors)
         size = sum(len(part) for part in parts)
-        record = Record(name, rows, size, hash_bytes(parts), meta or {}, self.owner)
+        record = Record(name, rows, size, hash_bytes(parts), meta or {}, self.owner, sealed=self.minor >= SINCE)
         self.store.put(record.payload, parts)
-        self.store.put(f"{_stem(name)}.json", canonical_json(record.to_json()))
+        self.store.put(f"{stem(name)}.json", canonical_json(record.to_json()))
         self.records[name] = record
         return record
 
@@ -143,7 +103,7 @@ class ArtifactWriter:
         history = self._history(records[-1].rows[1] if records and records[-1].rows else 0)
         beside = {n: {"bytes": self.store.size(n), "hash": hash_object(self.store, n)} for n in sorted(files)}
         manifest = {
-            **_version(self.kind, [*self.requires, "append"] if history else self.requires),
+            **_version(self.kind, [*self.requires, "append"] if history else self.requires, self.minor),
             "generation": max(0, len(history) - 1),
             "spec": self.digest,
             "spec_hash": hash_object(self.store, "spec.json"),
@@ -170,11 +130,12 @@ class ArtifactWriter:
             if not name.endswith(".json"):
                 continue
             try:
-                obj = json.loads(self.store.get(name))
-                record = Record.from_json(obj)
-            except ValueError:  # torn or foreign: not a record, so its shard is done again
+                text = self.store.get(name)
+                record = Record.from_json(json.loads(text))
+            except ValueError:  # torn, damaged or foreign: not a record, so its shard is done again
                 continue
-            whole = f"{_stem(record.name)}.json" == name and record.spec == self.owner
+            whole = text == canonical_json(record.to_json()) and record.sealed == (self.minor >= SINCE)
+            whole = whole and f"{stem(record.name)}.json" == name and record.spec == self.owner
             if whole and self.store.exists(record.payload) and hash_object(self.store, record.payload) == record.hash:
                 found.append(record)
         return found
@@ -280,7 +241,7 @@ class Artifact:
         return _redo(*names) + (", and then each `influent append`" if len(self.history) > 1 else "")
 
     def _check_record(self, record: Record) -> str | None:
-        name = f"{_stem(record.name)}.json"
+        name = f"{stem(record.name)}.json"
         try:
             if self.store.get(name) == canonical_json(record.to_json()):
                 return None
@@ -307,18 +268,13 @@ def _redo(*names: str) -> str:
     return f"delete {every} there, then run the same command again to restore it"
 
 
-@lru_cache(maxsize=64)  # a query asks for the same shard's hundreds of times
-def _stem(name: str) -> str:
-    return f"shards/{quote(name, safe='')}"  # a block's name may hold any character
-
-
 def _ordered(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda r: (r.rows or (0, 0), r.name))
 
 
-def _version(kind: str, requires: Sequence[str]) -> dict[str, Any]:
-    # The least version that says it all, so that the bytes of an older format stay as they were.
-    minor = 1 if requires else 0
+def _version(kind: str, requires: Sequence[str], minor: int) -> dict[str, Any]:
+    # Before 1.2 the minor version said whether there are features; what was begun so goes on so, byte for byte.
+    minor = minor if minor >= SINCE else int(bool(requires))
     return {"format": [FORMAT[0], minor], "requires": list(requires), "reader": READER, "kind": kind}
 
 

@@ -50,8 +50,11 @@ def check_ensemble(folder: Path, spec: dict, manifest: dict) -> None:
 def check_artifact(folder: Path) -> tuple[dict, dict]:
     manifest = json.loads((folder / "manifest.json").read_bytes())
     head = json.loads((folder / "spec.json").read_bytes())
+    sealed = head["format"][1] >= 2
     for document in (manifest, head):
-        assert document["format"] == [1, 1 if document["requires"] else 0] and document["kind"] == manifest["kind"]
+        major, minor = document["format"]
+        assert major == 1 and minor == (2 if sealed else 1 if document["requires"] else 0)
+        assert document["kind"] == manifest["kind"]
         assert set(document["requires"]) <= FEATURES
     assert ("append" in manifest["requires"]) == ("history" in manifest)
     assert manifest["digest"] == json_digest({k: v for k, v in manifest.items() if k != "digest"})
@@ -65,6 +68,9 @@ def check_artifact(folder: Path) -> tuple[dict, dict]:
         check_bytes(folder / "shards" / f"{stem}.safetensors", record)
         assert json.loads((folder / "shards" / f"{stem}.json").read_bytes()) == record
         assert record["spec"] == owner(head, manifest, record)
+        assert ("digest" in record) == sealed
+        if sealed:
+            assert record["digest"] == json_digest({k: v for k, v in record.items() if k != "digest"})
         read_header((folder / "shards" / f"{stem}.safetensors").read_bytes())
     return head["spec"], manifest
 

@@ -85,7 +85,15 @@ def put(**changes: object) -> Callable[[dict], object]:
 
 
 def record(at: int, **changes: object) -> Callable[[dict], object]:
-    return lambda manifest: manifest["records"][at].update(changes)
+    """The change of a record, vouched for by its digest if it has one."""
+
+    def change(manifest: dict) -> None:
+        entry = manifest["records"][at]
+        entry.update(changes)
+        if "digest" in entry:
+            entry["digest"] = format_checker.json_digest({k: v for k, v in entry.items() if k != "digest"})
+
+    return change
 
 
 ON_OPEN: dict[str, tuple[Break, type[InfluentError], str]] = {

@@ -19,19 +19,22 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden" / "v1"
 CODED = TESTS / "golden" / "v1.1"
 LIVE = TESTS / "golden" / "v1.1-live"
+SEALED = TESTS / "golden" / "v1.2"
+ALL = (GOLDEN, CODED, LIVE, SEALED)
 DOCS = TESTS.parent / "docs"
 
 sys.path.insert(0, str(TESTS / "golden"))
 import make_v1  # noqa: E402
 import make_v1_1  # noqa: E402
 import make_v1_1_live  # noqa: E402
+import make_v1_2  # noqa: E402
 
 
 def objects(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_golden_index_is_still_written_byte_for_byte(tmp_path):
+def test_golden_index_is_gone_on_with_byte_for_byte(tmp_path):
     make_v1.make(tmp_path, golden_catalog=True)
     assert objects(tmp_path) == objects(GOLDEN)
 
@@ -48,23 +51,41 @@ def test_golden_index_reads():
     assert [row["id"] for row in index.catalog.describe([4, 0])] == ["e", "a"]
 
 
-def test_golden_coded_index_is_still_written_byte_for_byte(tmp_path):
-    make_v1_1.make(tmp_path, golden_catalog=True)
+def test_golden_coded_index_is_gone_on_with_byte_for_byte(tmp_path):
+    (tmp_path / "spec.json").write_bytes((CODED / "spec.json").read_bytes())
+    make_v1_1.make(tmp_path, golden=CODED)
     assert objects(tmp_path) == objects(CODED)
 
 
-def test_golden_coded_index_reads():
-    index = Index.open(CODED)
-    assert verify(CODED) == {"ok": True, "errors": []}
+def test_golden_sealed_index_is_still_written_byte_for_byte(tmp_path):
+    make_v1_2.make(tmp_path)
+    assert objects(tmp_path) == objects(SEALED)
+
+
+def test_sealing_changes_the_documents_alone():
+    coded, sealed = objects(CODED), objects(SEALED)
+    changed = {name for name in coded if coded[name] != sealed[name]}
+    assert coded.keys() == sealed.keys()
+    assert changed == {
+        "spec.json",
+        "manifest.json",
+        *(name for name in coded if name.startswith("shards/0") and name.endswith(".json")),
+    }
+
+
+@pytest.mark.parametrize("folder", [CODED, SEALED])
+def test_golden_coded_index_reads(folder):
+    index = Index.open(folder)
+    assert verify(folder) == {"ok": True, "errors": []}
     assert (index.n, str(index.codec), index.artifact.generation) == (5, "rank:2:int4", 1)
     assert index.digest == "blake2b-256:a204a1a253da138ae9fb2213e004c08e5b12308c37bb510e5e9873e439044840"
     assert [index.codec.stored_rank(index.factors[key]) for key in index.keys] == [2, None, None]
     assert index.shards[0].rows("norm").tolist() == [[0, -1.25, 1.5, 0, 0], [5, 0, -5, 2, 3]]
     assert [row["id"] for row in index.catalog.describe([4, 2, 0])] == ["4", "2", "a"]
-    same_rows(CODED)
+    same_rows(folder)
 
 
-def test_golden_live_index_is_still_written_byte_for_byte(tmp_path):
+def test_golden_live_index_is_gone_on_with_byte_for_byte(tmp_path):
     make_v1_1_live.make(tmp_path, golden_catalog=True)
     assert objects(tmp_path) == objects(LIVE)
 
@@ -91,7 +112,7 @@ CODECS = ["dense:int8", "dense:int4", "dense:sign", *(f"rank:1:{bits}" for bits 
 
 @pytest.mark.parametrize("rows", [*FLOATS, *CODECS])
 def test_stranger_verifies_what_we_write(tmp_path, rows):
-    for golden in (GOLDEN, CODED, LIVE):
+    for golden in ALL:
         format_checker.check(golden)
     make_index(Store(tmp_path), rows=rows)
     format_checker.check(tmp_path)
@@ -120,7 +141,7 @@ def schema(name: str) -> dict:
 
 def test_documents_follow_the_schema(tmp_path):
     make_index(Store(tmp_path), rows="rank:1:sign")
-    for folder in (GOLDEN, CODED, LIVE, tmp_path):
+    for folder in (*ALL, tmp_path):
         for path in folder.rglob("*.json"):
             kinds = {"spec.json": "spec", "manifest.json": "manifest"}
             kind = "catalog" if path.name.startswith("catalog") else kinds.get(path.name, "record")

@@ -16,7 +16,7 @@ LEVELS = [
      "gradients", "hashing",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
-     "ridge", "lexical"],
+     "ridge", "lexical", "shardrecord"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
      "pairs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "live", "ggn", "parameters",
@@ -62,6 +62,7 @@ LIGHT = [
     "layout",
     "rowstore",
     "rowwriter",
+    "shardrecord",
     "storage",
     "terminal",
 ]

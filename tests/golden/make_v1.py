@@ -1,9 +1,10 @@
-"""Makes tests/golden/v1, the index of format 1.0 that every later release must read and, byte for byte, still write.
+"""Makes tests/golden/v1, the index of format 1.0 that every later release must read and, byte for byte, go on with.
 
     python tests/golden/make_v1.py FOLDER
 
 The catalog is copied from tests/golden/v1 when it is there: Parquet's bytes depend on the library's version, so only
-its digest is part of the format. Never regenerate the golden folder: a new format version gets a folder of its own.
+its digest is part of the format. So are the spec.json files, which say the version: whoever goes on with an index that
+an older release began writes as that one did. Never regenerate the golden folder: a new format version gets its own.
 """
 
 import shutil
@@ -61,7 +62,7 @@ def write(writer: IndexWriter, chunk: Chunk) -> None:
 def make(folder: Path, *, golden_catalog: bool) -> None:
     store = Store(folder)
     if golden_catalog:
-        for name in CATALOG:
+        for name in (*CATALOG, "spec.json", "curvature/fim/spec.json"):
             store.put_file(name, GOLDEN / name)
     else:
         catalog.build(DATA, store)

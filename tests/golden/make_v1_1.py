@@ -1,10 +1,10 @@
-"""Makes tests/golden/v1.1, an index of format 1.1 that every later release must read and, byte for byte, still write.
+"""Makes tests/golden/v1.1, an index of format 1.1 that every later release must read and, byte for byte, go on with.
 
     python tests/golden/make_v1_1.py FOLDER
 
 Rows of codec rank:2:int4 in a first generation, and more of them appended in a second. The codes come from arithmetic:
-those of real rows would depend on the library that cuts them. The catalog is copied, as in make_v1.py. Never
-regenerate the golden folder: a new format version gets a folder of its own.
+those of real rows would depend on the library that cuts them. The catalog and spec.json are copied, as in make_v1.py.
+Never regenerate the golden folder: a new format version gets a folder of its own.
 """
 
 import shutil
@@ -52,14 +52,15 @@ def write(writer: IndexWriter, chunk: Chunk) -> None:
     )
 
 
-def make(folder: Path, *, golden_catalog: bool) -> None:
+def make(folder: Path, *, golden: Path | None) -> None:
+    """`golden` has the catalog; the version is that of the spec.json in `folder`, if there is one."""
     store = Store(folder)
-    listed = copied(store, 1) if golden_catalog else catalog.build(OLD, store)
+    listed = copied(store, golden, 1) if golden else catalog.build(OLD, store)
     writer = IndexWriter.open(store, spec(listed.digest), notes={"shard_rows": 2})
     for chunk in writer.pending(listed.n):
         write(writer, chunk)
     writer.commit({"skipped": listed.skipped})
-    listed = copied(store, 2) if golden_catalog else catalog.extend(NEW, store, parts=1)
+    listed = copied(store, golden, 2) if golden else catalog.extend(NEW, store, parts=1)
     part = listed.parts[-1]
     writer = IndexWriter.extend(store, part.digest)
     for chunk in writer.pending(listed.n):
@@ -67,11 +68,11 @@ def make(folder: Path, *, golden_catalog: bool) -> None:
     writer.commit({"skipped": listed.skipped}, files=[part.record_name, part.name])
 
 
-def copied(store: Store, parts: int) -> catalog.Catalog:
+def copied(store: Store, golden: Path, parts: int) -> catalog.Catalog:
     for generation in range(parts):
         for suffix in ("json", "parquet"):
             name = f"{catalog.stem(generation)}.{suffix}"
-            store.put_file(name, GOLDEN / name)
+            store.put_file(name, golden / name)
     return catalog.Catalog.open(store, parts)
 
 
@@ -79,4 +80,5 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     if target.exists():
         shutil.rmtree(target)
-    make(target, golden_catalog=GOLDEN.exists())
+    Store(target).put_file("spec.json", GOLDEN / "spec.json")
+    make(target, golden=GOLDEN)

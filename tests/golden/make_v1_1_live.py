@@ -1,8 +1,8 @@
-"""Makes tests/golden/v1.1-live, an index without rows that every later release must read and still write.
+"""Makes tests/golden/v1.1-live, an index without rows that every later release must read and go on with.
 
     python tests/golden/make_v1_1_live.py FOLDER
 
-The catalog is copied, as in make_v1.py. Never regenerate the golden folder.
+The catalog and spec.json are copied, as in make_v1.py. Never regenerate the golden folder.
 """
 
 import shutil
@@ -27,7 +27,7 @@ DATA = [
 def make(folder: Path, *, golden_catalog: bool) -> None:
     store = Store(folder)
     if golden_catalog:
-        for name in ("catalog.json", "catalog.parquet"):
+        for name in ("catalog.json", "catalog.parquet", "spec.json"):
             store.put_file(name, GOLDEN / name)
         listed = catalog.Catalog.open(store, 1)
     else:
