@@ -15,7 +15,7 @@ from .codec import Codec, Factors
 from .errors import LayerError, SpecError
 
 if TYPE_CHECKING:
-    from .artifact import Record
+    from .shardrecord import Record
 
 CATALOG = ("catalog.json", "catalog.parquet")
 IDS = ".id"  # a block may be called id, loss, norm or tokens, but no module path begins with a dot

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact, Record, content, kind_of
+from .artifact import Artifact, content, kind_of
 from .codec import Codec, Factors
 from .errors import CorruptError, InfluentError, LayerError, SpecError
 from .layout import CAPTURED, IDS, RESIDUAL, Layout, Tensors, first_gap, num_rows
 from .payload import Payload
+from .shardrecord import Record
 from .storage import Store
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .artifact import ArtifactWriter, Record
+from .artifact import ArtifactWriter
 from .codec import Codec, Factors
 from .errors import FormatError, MismatchError, NumericsError
 from .layout import CAPTURED, CATALOG, IDS, RESIDUAL, Layout, first_gap, num_rows, with_factors
+from .shardrecord import Record
 from .storage import Store
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from influent.artifact import Artifact, ArtifactWriter, Record
+from influent.artifact import Artifact, ArtifactWriter
 from influent.digests import hash_bytes
 from influent.errors import CorruptError, DataError, FormatError, MismatchError, NumericsError
 from influent.payload import Payload
+from influent.shardrecord import Record
 from influent.storage import Store
 
 KIND = "truth"

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influent.artifact import Artifact, ArtifactWriter, Record, canonical_json, digest, kind_of
+from influent.artifact import Artifact, ArtifactWriter, canonical_json, digest, kind_of
 from influent.errors import CorruptError, FormatError, MismatchError, SpecError
 from influent.payload import DTYPES, Payload, encode
+from influent.shardrecord import Record
 from influent.storage import Store
 
 SPEC = {"a": 1, "b": {"c": [1, 2, {"d": "x"}], "e": 0.1}}
