@@ -1,11 +1,11 @@
 """What attribution costs on a GPU: tokens a second of collecting beside those of training, in one run.
 
-Random weights of real shapes (SmolLM2-135M's, and those of a Llama of 1.2 billion parameters), bfloat16; times do not
-depend on the weights. `train` is a plain forward and backward pass with weight gradients, without an optimizer's step;
-`bare` the same with frozen weights and an input that requires grad, the least that per-example gradients can cost;
-`collect` is ours, coded rows on the host included; `index` is the verb, with catalog, hashes and files. Figures are
-medians. `compress` times the maps alone on given activations. `score` is one pass over stored rows for
-M queries (their gradients apart), from a warm page cache.
+Random weights of real shapes (SmolLM2-135M's, and those of Llamas of 1.2 and of 7.5 billion parameters), bfloat16;
+times do not depend on the weights. `train` is a plain forward and backward pass with weight gradients, without an
+optimizer's step; `bare` the same with frozen weights and an input that requires grad, the least that per-example
+gradients can cost; `collect` is ours, coded rows on the host included; `index` is the verb, with catalog, hashes and
+files. Figures are medians. `compress` times the maps alone on given activations. `score` is one pass over stored rows
+for M queries (their gradients apart), from a warm page cache.
 
     python benchmarks/gpu.py --out DIR [--device cuda] [--part passes index compress score profile]
 """
@@ -44,6 +44,7 @@ from influent.tokenloss import token_losses
 SHAPES = {
     "135m": (576, 1536, 30, 9, 3, 49152),
     "1b": (2048, 8192, 16, 32, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512),
 }
 METHODS = {  # compressor and codec of rows
@@ -54,9 +55,9 @@ METHODS = {  # compressor and codec of rows
     "lorif c=4": ("rademacher:64x64", "rank:4:int4"),
     "logra bfloat16": ("gauss:64x64", "bfloat16"),
 }
-SLOW_TO_DRAW = ("grass",)  # of a billion parameters: a permutation of each layer's entries
+LARGE, SLOW_TO_DRAW = ("1b", "8b"), ("grass",)  # of a billion parameters: a permutation of each layer's entries
 LENGTHS, TOKENS, REPEATS = (512, 2048), 32768, 3
-MOST_TOKENS = {"1b": 16384}  # of a batch: the activations of training must fit
+MOST_TOKENS = {"1b": 16384, "8b": 7168}  # of a batch: the activations of training must fit
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def collectors(model: nn.Module, kind: str, batch: int, device: str) -> dict[str
             model, Tokens(), Setting(compress=text, rows=rows), Run(token_budget=batch, device=device)
         )
         for name, (text, rows) in METHODS.items()
-        if not (kind == "1b" and name in SLOW_TO_DRAW)
+        if not (kind in LARGE and name in SLOW_TO_DRAW)
     }  # fmt: skip
 
 
@@ -217,7 +218,7 @@ def compressed(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
             widths = {w for block in tracked.blocks for w in (block.in_width, block.out_width)}
             held = {w: torch.randn(size, length, w, device=given.device, dtype=torch.bfloat16) for w in widths}
             for name, (text, _) in METHODS.items():
-                if name in ("lorif c=4", "logra bfloat16") or (kind == "1b" and name in SLOW_TO_DRAW):
+                if name in ("lorif c=4", "logra bfloat16") or (kind in LARGE and name in SLOW_TO_DRAW):
                     continue
                 run = joined(tracked, Compress.parse(text), held, given.device)
                 keep(line(kind, length, name, repeated(clock, run, given.repeats), size * length, {}))

@@ -5,7 +5,7 @@ layers; masks are learned once, on the first checkpoint's margins. The damping i
 the queries and reported on the others, beside the default of relative:0.1. LDS is that of margins, which is that of
 losses: one falls as the other rises. Interrupted, it resumes: what is finished is kept in DIR/mlp/ranks.
 
-    python benchmarks/grass_images.py --work DIR --model mlp     # resnet; --only SM,RM --sizes 2048; --device cuda
+    python benchmarks/grass_images.py --work DIR --model mlp  # resnet, resnet64; --only SM; --sizes 2048
     python benchmarks/grass_images.py --work DIR --model mlp --time
 
 Several of these may run at once for other compressors and sizes, if their masks are there (--masks). What came of it:
@@ -61,7 +61,8 @@ COMPRESSORS = {
 }
 ROUNDS = 4  # over these gradients, as long as they take no more than 20 seconds
 # The dense matrix of the ResNet has a billion entries and more: it is made on request (--only GAUSS) alone.
-WHICH = {"mlp": ("RM", "SM", "SJLT", "FJLT", "GAUSS"), "resnet": tuple(COMPRESSORS)[:-1]}
+SPARSE = tuple(kind for kind in COMPRESSORS if kind != "GAUSS")
+WHICH = {"mlp": ("RM", "SM", "SJLT", "FJLT", "GAUSS"), "resnet": SPARSE, "resnet64": SPARSE}
 
 
 def examples(data: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, int]]:

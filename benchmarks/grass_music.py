@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
 from grass_images import DEFAULT as OWN
-from grass_images_report import whiskers
+from grass_images_report import COLUMNS, whiskers
 from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
 from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
@@ -48,7 +48,6 @@ KINDS = tuple(kind for kind in COMPRESSORS if kind != "GAUSS")
 BUDGET = 6144  # positions a batch; formed gradients are held a few at a time
 FORMED, BATCH, REPEATS = 128, 16, 5  # gradients whose compression is timed, and how many at a time
 EXAMPLES = 5000  # that GraSS's table counts
-COLUMNS = {"cpu": "compress_s", "cuda": "compress_gpu_s"}
 
 
 def models(work: Path) -> list[str]:

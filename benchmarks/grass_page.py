@@ -11,7 +11,11 @@ from typing import Any
 from environment import RESULTS
 
 Row = dict[str, Any]
-TITLES = {"mlp": "(a) images, MLP", "resnet": "(b) images, ResNet", "music": "(c) music", "text": "(d) text"}
+TITLES = {
+    "mlp": "(a) images, MLP", "resnet": "(b) images, ResNet", "resnet64": "(b) images, whole ResNet",
+    "music": "(c) music", "text": "(d) text",
+}  # fmt: skip
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 README_K = 4096  # of the claims that the README shows
 
 
@@ -19,7 +23,7 @@ def experiments() -> Iterator[tuple[str, Row]]:
     """Name and document of each that has results, in one form: `settings` with name, k, lds and seconds by device;
     `others`, the entries without a size; `orderings`."""
     images, music, text = (load(f"grass_{name}") for name in ("images", "music", "text"))
-    for model in ("mlp", "resnet"):
+    for model in ("mlp", "resnet", "resnet64"):
         if model in images:
             yield model, {**images[model], "settings": list(map(flat, images[model]["settings"])), "others": []}
     if music:
@@ -52,7 +56,8 @@ def of_text(document: Row) -> Row:
 
 
 def table(document: Row) -> str:
-    """LDS with half its interval, and CPU seconds of compression: a row for each compressor, a column for each size."""
+    """LDS with half its interval, and seconds of compression on a CPU thread and, if measured, on a GPU: a row for each
+    compressor, a column for each size."""
     sizes = sorted({one["k"] for one in document["settings"]})
     names = list(dict.fromkeys(one["name"] for one in sorted(document["settings"], key=lambda one: order(one["name"]))))
     cells = {(one["name"], one["k"]): cell(one) for one in document["settings"]}
@@ -72,11 +77,13 @@ def order(name: str) -> int:
 
 
 def cell(one: Row) -> str:
-    seconds = one["seconds"].get("cpu")
-    return interval(one["lds"]) + ("" if seconds is None else f", {clock(seconds)}")
+    taken = (one["seconds"].get(on) for on in DEVICES)
+    return ", ".join([interval(one["lds"]), *(clock(seconds) for seconds in taken if seconds is not None)])
 
 
 def clock(seconds: float) -> str:
+    if seconds < 0.095:
+        return f"{1000 * seconds:.2g} ms"
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
@@ -100,13 +107,12 @@ def claims(document: Row) -> Iterator[list[str]]:
         if row["holds"] is None or "difference" not in row:
             continue
         gap = row["difference"]
-        times, fast = row.get("times"), row.get("fast", {}).get("cpu", True)
-        ratio = times.get("cpu") if isinstance(times, dict) else times
+        times, fast = row.get("times", {}), row.get("fast", {})
         certain = row.get("certain", row.get("settled", False))
         verdict = ("yes" if row["holds"] else "no") + ("" if certain else ", within noise")
-        if not fast:
-            verdict += "; not as fast"
-        speed = f"{ratio:g} x" if ratio is not None and ("faster" in row["claim"] or "speed" in row["claim"]) else ""
+        if slow := [DEVICES[on] for on in times if not fast[on]]:
+            verdict += f"; not as fast ({', '.join(slow)})"
+        speed = ", ".join(f"{DEVICES[on]} {ratio:g} x" for on, ratio in times.items())
         default = spread(gap["at default"]) if "at default" in gap else ""
         yield [row["claim"], f"{row['k']:,}", spread(gap), default, speed, verdict]
 

@@ -48,4 +48,5 @@ def mlp() -> nn.Sequential:
 
 
 def new_model(name: str) -> nn.Module:
-    return mlp() if name == "mlp" else resnet9()
+    """`resnet64` has the width that TRAK gives its ResNet9."""
+    return {"mlp": mlp, "resnet": resnet9, "resnet64": lambda: resnet9(64)}[name]()

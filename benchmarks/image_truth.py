@@ -3,14 +3,15 @@
 `mlp`: 784-128-64-10, ReLU, dropout .1, on Fashion-MNIST's first 5,000 training and 500 test images, in place of MNIST;
 50 epochs, 10 checkpoints. `resnet`: TRAK's ResNet9 at a quarter of its width, 142,704 parameters, on two of its
 classes, Pullover and Coat, in place of CIFAR's cats and dogs, averaged to 14 x 14 pixels: 2,000 training and 500 test
-images, 20 epochs, 3 checkpoints, which is what an hour of one core allows. A training takes about 5 to 10 seconds. Both
+images, 20 epochs, 3 checkpoints, which is what an hour of one core allows. A training takes about 5 to 10 seconds.
+`resnet64`: the same with the whole width, 2.27 million parameters, which wants a GPU (1 seed of trainings). All of them
 SGD .01, momentum .9, batches of 64, as in GraSS. The ResNet keeps the published batch norms; attribution sees them in
 evaluation mode, as constants.
 A model is trained on each of 50 random halves of the rows (for the linear datamodelling score) and on each of some more
 (the checkpoints of TRAK, kept in half precision). What is measured of each test image after each training is its
 margin, log p / (1 - p) of its own class, and its loss.
 
-    python benchmarks/image_truth.py --work DIR --model mlp     # resnet; interrupted, it resumes
+    python benchmarks/image_truth.py --work DIR --model mlp     # resnet, resnet64; interrupted, it resumes
     python benchmarks/image_truth.py --work DIR --model mlp --device cuda --part 0/2 &   # and 1/2, beside it
 
 DIR/mlp gets `checkpoints/C.safetensors`, `trainings/HALF-SEED.npz` and, once all are there, `truth.npz`: `margins` and
@@ -63,7 +64,8 @@ class Setting:
     seeds: int  # trainings a half, which differ in initial weights, order of batches and dropout
 
 
-SETTINGS = {"mlp": Setting((), 1, 5_000, 50, 10, 3), "resnet": Setting((2, 4), 2, 2_000, 20, 3, 1)}
+COATS = Setting((2, 4), 2, 2_000, 20, 3, 1)
+SETTINGS = {"mlp": Setting((), 1, 5_000, 50, 10, 3), "resnet": COATS, "resnet64": COATS}
 
 
 @dataclass(frozen=True, slots=True)
