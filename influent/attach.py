@@ -22,8 +22,8 @@ from influent.compress import Compress
 from influent.errors import MismatchError, SpecError
 from influent.extract import frozen
 from influent.layers import Block, Plan, device_of, plan
-from influent.layout import with_factors
-from influent.optimizer import KINDS, AdamStep, Scale, read_scale, read_step
+from influent.layout import SCALES, with_factors
+from influent.optimizer import AdamStep, Scale, read_scale, read_step
 from influent.progress import Progress
 from influent.rng import VERSION as RNG_VERSION
 from influent.rowstore import Index
@@ -62,8 +62,8 @@ class Setting:
             raise SpecError(f"target is {self.target!r}, expected loss or margin")
         if self.key not in KEYS:
             raise SpecError(f"key is {self.key!r}, expected {' or '.join(KEYS)}")
-        if self.scale not in KINDS:
-            raise SpecError(f"scale is {self.scale!r}, expected {' or '.join(KINDS)}")
+        if self.scale not in SCALES:
+            raise SpecError(f"scale is {self.scale!r}, expected {' or '.join(SCALES)}")
         if self.optimizer is not None and self.rows == NONE:
             raise SpecError("rows none: plain gradients are computed anew, so that an optimizer's state has no part")
         if self.optimizer is not None and self.scale == "adam-step" and self.target != "loss":

@@ -23,7 +23,7 @@ from influent.optimizer import Scale
 from influent.progress import Progress
 from influent.rng import Stream
 from influent.storage import Store
-from influent.task import Encodes, Part, Task
+from influent.task import Part, Task, parts_of
 
 KIND = "bases"
 FOLDER = "bases"  # of an index
@@ -158,7 +158,7 @@ class Calibration:
         for row in rows:
             example = sample.example(self.task, row)
             try:
-                made = self.task.parts(example) if isinstance(self.task, Encodes) else [Part(example, 1, 1)]
+                made = parts_of(self.task, example)
             except DataError as error:
                 raise DataError(f"{sample.name(row)}: {error}") from error
             parts += [(row, part) for part in made]

@@ -17,6 +17,7 @@ import influent
 from influent import cli_evaluate, cli_mask, cli_value, preflight
 from influent.errors import InfluentError
 from influent.kronname import LABELS
+from influent.layout import SCALES
 from influent.options import (
     Checkpoints,
     CurvatureName,
@@ -66,7 +67,7 @@ def index(
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="A row for each layer: block; one for all: all. By method.")
     ] = None,
-    scale: Annotated[str, typer.Option(metavar="NAME", help="none; by --optimizer: adam, adam-step.")] = "none",
+    scale: Annotated[str, typer.Option(metavar="NAME", help=f"none; by --optimizer: {', '.join(SCALES)}.")] = "none",
     optimizer: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Adam's state, of each checkpoint: safetensors by name, or optimizer.pt."),
@@ -109,7 +110,7 @@ def index(
     The same command again resumes an interrupted one.
     """
     preflight.choice("--method", method, METHODS)
-    preflight.choice("--scale", scale, ("none", "adam", "adam-step"))
+    preflight.choice("--scale", scale, ("none", *SCALES))
     preflight.choice("--key", key or "block", ("block", "all"))
     preflight.choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
     preflight.choice("--matmul", matmul, ("highest", "medium"))

@@ -22,7 +22,7 @@ from influent.coding import encode_blocks
 from influent.errors import DataError, NumericsError
 from influent.layers import Plan, device_of
 from influent.optimizer import AdamStep
-from influent.task import Encodes, Margins, Part, Task
+from influent.task import Encodes, Margins, Part, Task, parts_of
 
 HELD_BYTES = 256 * 2**20  # of float32 rows of documents in several parts, while their parts are summed
 STEP_BYTES = 2**30  # of whole gradients on which an optimizer steps, and of what is made of them
@@ -167,10 +167,8 @@ class Collector:
             yield members, pack([item for item in queue if item[0] in inside], self.token_budget)
 
     def _parts(self, example: Any, name: Callable[[], str]) -> list[Part]:
-        if not isinstance(self.task, Encodes):
-            return [Part(example, 1, 1)]
         try:
-            return self.task.parts(example)
+            return parts_of(self.task, example)
         except DataError as error:
             raise DataError(f"{name()}: {error}") from error
 

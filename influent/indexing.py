@@ -17,6 +17,7 @@ from influent.catalog import Catalog
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import DataError, FormatError, SpecError
+from influent.layout import SCALES
 from influent.methods import METHODS, Method, info
 from influent.progress import Progress
 from influent.storage import Store
@@ -135,10 +136,10 @@ def _check_scale(
 ) -> list[str] | list[None]:
     """The state of each checkpoint."""
     states = [optimizer] if isinstance(optimizer, str) else list(optimizer or ())
-    if scale not in ("none", "adam", "adam-step"):
-        raise SpecError(f"scale is {scale!r}, expected none, adam or adam-step")
+    if scale not in ("none", *SCALES):
+        raise SpecError(f"scale is {scale!r}, expected none, {' or '.join(SCALES)}")
     if (scale == "none") != (not states):
-        raise SpecError("--optimizer FILE, a state of Adam, and --scale adam or adam-step go together: give both")
+        raise SpecError(f"--optimizer FILE, a state of Adam, and --scale {' or '.join(SCALES)} go together: give both")
     if states and len(states) != num_members:
         raise SpecError(f"optimizer: expected {num_members} states, one a checkpoint in their order, got {len(states)}")
     if scale == "adam-step" and (own.curvature, own.target) != ("identity", "loss"):

@@ -25,6 +25,8 @@ RESIDUAL = ".residual"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
+SCALES = ("adam", "adam-step")  # what an optimizer's state makes of rows: optimizer.py
+
 
 @dataclass(frozen=True)
 class Layout:

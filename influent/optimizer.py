@@ -23,7 +23,7 @@ from influent.errors import SpecError
 from influent.layers import Plan
 
 EPS = 1e-8  # of a safetensors file of second moments, which has no options
-KINDS = ("adam", "adam-step")
+SECOND = ".exp_avg_sq"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +71,22 @@ class _Entry(NamedTuple):
 
 
 def read_scale(path: str, model: nn.Module, plan: Plan) -> Scale:
-    """The scale of every tracked block, from torch's file or one of second moments corrected for their bias.
+    """The scale of every tracked block, from torch's file, one of second moments corrected for their bias, or one that
+    `read_step` reads, which says how to correct them.
 
     Raises:
         SpecError: the file is missing, no state of Adam, or of other parameters; names the first that differs.
     """
     file = _file(path)
-    if file.suffix == ".safetensors":
-        named = {name: 1 / (v.double().sqrt() + EPS) for name, v in _safetensors(file)[0].items()}
+    moments = _safetensors(file)[0] if file.suffix == ".safetensors" else None
+    if moments is not None and not any(name.endswith(SECOND) for name in moments):
+        _check_moments(file, moments)
+        named = {name: 1 / (v.double().sqrt() + EPS) for name, v in moments.items()}
     else:
+        entries = _torch(file, model) if moments is None else _saved_entries(file)
         named = {
             name: 1 / ((each.second.double() / (1 - each.betas[1] ** each.step)).sqrt() + each.eps)
-            for name, each in _torch(file, model).items()
+            for name, each in entries.items()
         }
     return Scale(_by_block(named, model, plan, path), _digest(file))
 
@@ -143,16 +147,36 @@ def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _saved_entries(file: Path) -> dict[str, _Entry]:
     tensors, options = _safetensors(file)
+    if not options and not any(name.endswith(SECOND) for name in tensors):
+        raise SpecError(
+            f"--optimizer {file}: second moments by name, which are for --scale adam; adam-step needs NAME.exp_avg and "
+            "NAME.exp_avg_sq of each parameter, and step, beta1, beta2 and eps in the metadata"
+        )
     try:
         step, *betas, eps = (float(options[name]) for name in ("step", "beta1", "beta2", "eps"))
     except (KeyError, ValueError) as error:
         raise SpecError(
             f"--optimizer {file}: expected step, beta1, beta2 and eps as numbers in its metadata, got {options}"
         ) from error
-    second = {name.removesuffix(".exp_avg_sq"): v for name, v in tensors.items() if name.endswith(".exp_avg_sq")}
+    second = {name.removesuffix(SECOND): v for name, v in tensors.items() if name.endswith(SECOND)}
+    _check_moments(file, second, {name: v for name, v in tensors.items() if name.endswith(".exp_avg")})
+    if step < 1 or not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
+        raise SpecError(
+            f"--optimizer {file}: expected step >= 1, 0 <= beta < 1 and eps >= 0 in its metadata: {options}"
+        )
     return {
         name: _Entry(tensors.get(f"{name}.exp_avg"), v, step, (betas[0], betas[1]), eps) for name, v in second.items()
     }
+
+
+def _check_moments(file: Path, second: Mapping[str, Tensor], first: Mapping[str, Tensor] | None = None) -> None:
+    """SpecError for what no averages of squares, or of gradients, can be."""
+    for moments, least, wanted in ((second, 0.0, "0 or more"), (first or {}, float("-inf"), "finite")):
+        for name, values in moments.items():
+            bad = ~(values.isfinite() & (values >= least))
+            if bool(bad.any()):
+                got = float(values[bad].flatten()[0])
+                raise SpecError(f"--optimizer {file}: {name} holds {got}, expected averages that are {wanted}")
 
 
 def _torch(file: Path, model: nn.Module, *, plain: bool = False) -> dict[str, _Entry]:
@@ -177,10 +201,16 @@ def _torch(file: Path, model: nn.Module, *, plain: bool = False) -> dict[str, _E
         )
     for group in groups if plain else ():
         _check_plain(file, group)
-    return {
+    entries = {
         name: _entry(file, name, parameter, state.get(number, {}), group)
         for (number, group), (name, parameter) in zip(order, named, strict=True)
     }
+    _check_moments(
+        file,
+        {name: entry.second for name, entry in entries.items()},
+        {name: entry.first for name, entry in entries.items() if entry.first is not None},
+    )
+    return entries
 
 
 def _entry(file: Path, name: str, parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> _Entry:

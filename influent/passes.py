@@ -18,7 +18,7 @@ from influent.extract import NonFinite, Visitor, visit
 from influent.layers import Block, Plan, device_of
 from influent.progress import Progress
 from influent.rng import Stream
-from influent.task import Encodes, Masks, Part, Samples, Task
+from influent.task import Masks, Part, Samples, Task, parts_of
 
 CHUNK = 512  # rows whose parts are held, to be packed by length
 
@@ -74,10 +74,8 @@ class Passes:
 
     def items(self, row: int) -> list[Item]:
         example = self.sample.example(self.task, row)
-        if not isinstance(self.task, Encodes):
-            return [Item(row, 0, Part(example, 1, 1))]
         try:
-            return [Item(row, number, part) for number, part in enumerate(self.task.parts(example))]
+            return [Item(row, number, part) for number, part in enumerate(parts_of(self.task, example))]
         except DataError as error:
             raise DataError(f"{self.sample.name(row)}: {error}") from error
 

@@ -24,6 +24,8 @@ from influent.labels import draw_labels
 from influent.rng import Stream
 from influent.tokenloss import margin_losses, token_losses, token_margins
 
+IGNORED = -100  # a label that is none, as PyTorch's losses have it
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -54,6 +56,15 @@ class Encodes(Protocol):
     def parts(self, example: Mapping[str, Any]) -> list[Part]: ...
     def collate(self, parts: Sequence[Part]) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """The capability of a task without records to tell which examples have nothing to learn from: they get no row."""
+
+    def targets(self, example: Any) -> int:
+        """How many targets an example has; DataError for one that has none because it is wrong."""
+        ...
 
 
 @runtime_checkable
@@ -99,8 +110,15 @@ class Classification:
     """Cross-entropy of a module that maps inputs to logits [B, C]; a batch is (inputs, labels [B]).
 
     It is computed from the margin m, as log(1 + exp(-m)): the usual way loses the gradient of a confident prediction,
-    p - 1 of the label, to the rounding of p.
+    p - 1 of the label, to the rounding of p. An example (input, label) whose label is -100, which PyTorch's
+    cross-entropy ignores, has no target and no row.
     """
+
+    def targets(self, example: Any) -> int:
+        label = int(example[1])
+        if label < 0 and label != IGNORED:
+            raise DataError(f"its label is {label}, expected a class from 0 on, or {IGNORED} for none")
+        return int(label != IGNORED)
 
     def loss(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
         return margin_losses(self.margin(model, batch))
@@ -241,11 +259,11 @@ class CausalLM:
         longest = max(part.length for part in parts)
         # Nothing that is scored sees the padding, so any id will do; the tokenizer's own may lie beyond the embedding.
         ids = torch.zeros(len(parts), longest, dtype=torch.int64)
-        labels = torch.full((len(parts), longest), -100)
+        labels = torch.full((len(parts), longest), IGNORED)
         for row, part in enumerate(parts):
             piece, wanted, _ = part.inputs
             ids[row, : len(piece)] = torch.tensor(piece)
-            labels[row, : len(piece)] = torch.where(torch.tensor(wanted), ids[row, : len(piece)], -100)
+            labels[row, : len(piece)] = torch.where(torch.tensor(wanted), ids[row, : len(piece)], IGNORED)
         return {"input_ids": ids, "labels": labels, "weight": torch.tensor([part.inputs[2] for part in parts])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
@@ -282,13 +300,13 @@ class CausalLM:
     def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, T, V], the places in B * T from which a target is predicted, and the targets."""
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
-        at = (labels != -100).nonzero().flatten()
+        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+        at = (labels != IGNORED).nonzero().flatten()
         return logits, at, labels[at]
 
     def mask(self, batch: dict[str, Tensor]) -> Bool[Tensor, "B T"]:
         """Positions before a row's last target."""
-        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED
         return targets.flip(1).cummax(dim=1).values.flip(1)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
@@ -313,6 +331,15 @@ def _digest_of(vocabulary: Mapping[str, int]) -> str:
     for token, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number}\0{token}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def parts_of(task: Task, example: Any) -> list[Part]:
+    """An example's model inputs; none if it has no target. Raises DataError for what the task cannot read."""
+    if isinstance(task, Encodes):
+        return task.parts(example)
+    if isinstance(task, Targets):
+        return [Part(example, 1, 1)] if task.targets(example) else []
+    return [Part(example, 1, 1)]
 
 
 def describe(task: Task) -> dict[str, Any]:

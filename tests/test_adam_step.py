@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from oracle_gradients import compressed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_optimizer import made  # noqa: F401  (a fixture)
 from tiny_model import FACTS, make_model
 
 import influent
 from influent.attach import Run, Setting, attach
 from influent.errors import SpecError
+from influent.layers import plan
 from influent.loading import load
+from influent.optimizer import read_scale
 from influent.task import CausalLM, Classification
 
 TASK = Classification()
@@ -195,7 +197,24 @@ def test_states_of_another_optimizer_are_refused(made, tmp_path):  # noqa: F811
     torch.save(state, tmp_path / "steps.pt")
     refused(net, data, tmp_path / "steps.pt", "differ between the tracked parameters")
     save_file({name: v.contiguous() for name, v in scale.items()}, tmp_path / "v.safetensors")
-    refused(net, data, tmp_path / "v.safetensors", "expected step, beta1, beta2 and eps")
+    refused(net, data, tmp_path / "v.safetensors", "second moments by name, which are for --scale adam; adam-step")
+    tensors = load_file(saved(folder, net))
+    save_file(tensors, tmp_path / "bare.safetensors", metadata={"step": "3"})
+    refused(net, data, tmp_path / "bare.safetensors", "expected step, beta1, beta2 and eps")
+    options = {"step": "3", "beta1": "0.9", "beta2": "0.99", "eps": "1e-8"}
+    save_file(tensors, tmp_path / "odd.safetensors", metadata=options | {"beta2": "1"})
+    refused(net, data, tmp_path / "odd.safetensors", "expected step >= 1, 0 <= beta < 1")
+    tensors["head.bias.exp_avg"][1] = float("inf")
+    save_file(tensors, tmp_path / "inf.safetensors", metadata=options)
+    refused(net, data, tmp_path / "inf.safetensors", "head.bias.exp_avg holds inf, expected averages that are finite")
+
+
+def test_the_file_of_a_step_scales_too(made):  # noqa: F811
+    net, _, folder, scale = made
+    read = read_scale(str(saved(folder, net)), net, plan(net, "."))
+    again = read_scale(str(folder / "optimizer.pt"), net, plan(net, "."))
+    for block, weights in again.weights.items():
+        torch.testing.assert_close(read.weights[block], weights)
 
 
 def refused(net, data, file, message):

@@ -227,6 +227,21 @@ def test_examples_of_a_plain_data_set():
     assert made.tokens.tolist() == [1.0] * 6
 
 
+def test_labels_that_are_none_have_no_row():
+    model, examples = vectors()
+    labels = [0, -100, 2, torch.tensor(-100), 1, 1]
+    maker = collector(model, Classification())
+    made = collect(maker, [(x, label) for (x, _), label in zip(examples, labels, strict=True)])
+    kept = [0, 2, 4, 5]
+    plain = collect(maker, [(examples[i][0], labels[i]) for i in kept])
+    assert made.skipped == {"no target tokens": {1, 3}} and made.tokens.tolist() == [1, 0, 1, 0, 1, 1]
+    for key, rows in made.rows.items():
+        torch.testing.assert_close(rows[kept], plain.rows[key])
+        assert not rows[[1, 3]].any()
+    with pytest.raises(DataError, match="example 0: its label is -1, expected a class from 0 on, or -100 for none"):
+        collect(maker, [(examples[0][0], -1)])
+
+
 def test_tasks_that_are_wrong_are_named():
     class Mean(Roots):
         def loss(self, model, batch):

@@ -115,6 +115,11 @@ def test_states_that_do_not_fit_are_refused(made, tmp_path):
     torch.save(state, tmp_path / "shape.pt")
     torch.save(torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9).state_dict(), tmp_path / "sgd.pt")
     save_file({"head.weight": torch.zeros(3, 10)}, tmp_path / "few.safetensors")
+    save_file({"head.weight": torch.full((3, 10), float("nan"))}, tmp_path / "nan.safetensors")
+    save_file({"head.bias": torch.tensor([1.0, -2.0, 0.0])}, tmp_path / "below.safetensors")
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    state["state"][0]["exp_avg_sq"][2, 1] = -1
+    torch.save(state, tmp_path / "below.pt")
     for options, message in [
         ({"scale": "adam"}, "--optimizer FILE, a state of Adam, and --scale adam or adam-step go together"),
         ({"optimizer": "x.pt"}, "--optimizer FILE, a state of Adam, and --scale adam or adam-step go together"),
@@ -124,6 +129,9 @@ def test_states_that_do_not_fit_are_refused(made, tmp_path):
         ({"scale": "adam", "optimizer": str(tmp_path / "shape.pt")}, r"turned.weight: expected \(4, 6\), got \(2, 2\)"),
         ({"scale": "adam", "optimizer": str(tmp_path / "sgd.pt")}, "no exp_avg_sq: not a state of Adam"),
         ({"scale": "adam", "optimizer": str(tmp_path / "few.safetensors")}, "parameter .*: expected .*, got none"),
+        ({"scale": "adam", "optimizer": str(tmp_path / "nan.safetensors")}, "head.weight holds nan, expected averages"),
+        ({"scale": "adam", "optimizer": str(tmp_path / "below.safetensors")}, "head.bias holds -2.0, expected .* 0 or"),
+        ({"scale": "adam", "optimizer": str(tmp_path / "below.pt")}, "embed.weight holds -1.0, expected .* 0 or more"),
         ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "compress": "pca:2x2,kfac"}, "learned from"),
         ({"scale": "adam", "optimizer": str(folder / "optimizer.pt"), "checkpoints": [net]}, "expected 2 states"),
     ]:
