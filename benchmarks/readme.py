@@ -104,10 +104,15 @@ def lorif() -> str:
         f"Spearman of the truncated curvature's scores with the exact ones of the same rows: {agree[16]:.4f} (f = 16), "
         f"{agree[32]:.4f} (f = 32);\nof rank-c rows with dense ones (f = 32): {kept}."
     )
-    return "\n".join([*lines, "", note, "", *(_gains(found, f) for f in (16, 32))])
+    gains = [
+        "| one query, beside LoGRA bfloat16 | times fewer bytes | times faster from disk | from memory |",
+        "|---|---|---|---|",
+        *(line for f in (16, 32) for line in _gains(found, f)),
+    ]
+    return "\n".join([*lines, "", note, "", *gains])
 
 
-def _gains(found: dict[str, Any], f: int) -> str:
+def _gains(found: dict[str, Any], f: int) -> list[str]:
     """How rank-1 rows compare with LoGRA's bfloat16 rows at the same projections, in bytes and in a query's time."""
     rows = {r["store"]: r for r in found["results"] if r["f"] == f and r["query"] is not None}
     dense, parts = rows["LoGRA bfloat16"], []
@@ -115,8 +120,8 @@ def _gains(found: dict[str, Any], f: int) -> str:
         if name in rows:
             size = dense["encode"]["bytes_per_row"] / rows[name]["encode"]["bytes_per_row"]
             disk, memory = (dense["query"][0][place] / rows[name]["query"][0][place] for place in ("disk", "memory"))
-            parts.append(f"{name} {size:.1f} x fewer bytes, {disk:.1f} x faster from disk, {memory:.1f} x from memory")
-    return f"One query at f = {f}, against LoGRA bfloat16: {'; '.join(parts)}."
+            parts.append(f"| f = {f}, {name} | {size:.1f} | {disk:.1f} | {memory:.1f} |")
+    return parts
 
 
 def seconds(value: float) -> str:

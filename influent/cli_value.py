@@ -214,7 +214,7 @@ def appraise(
     if commit and out is None:
         raise SpecError("--commit is to scores that are kept: give --out as well")
     _outputs(table, html)
-    preflight.directory(student)
+    preflight.directory(student, "student")
     preflight.data(data)
     with progress_bars() as progress:
         document = influent.appraise(
@@ -240,7 +240,7 @@ def reveal(
 
     The provider's side: their content, with what proves that they are the committed ones.
     """
-    preflight.directory(scores)
+    preflight.directory(scores, "folder of scores")
     document = influent.reveal(scores, seed=seed, count=count, out=out)
     from influent.value_page import print_revealed
 
@@ -271,7 +271,7 @@ def audit(
 
     The buyer's side. Exit code 2 when something is not what was committed.
     """
-    preflight.directory(commitment)
+    preflight.directory(commitment, "commitment")
     with progress_bars() as progress:
         document = influent.audit(
             commitment, revealed, seed=seed, count=count, student=student, labels=labels, model=model,

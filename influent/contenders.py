@@ -44,11 +44,12 @@ class Rows:
         return map(display_text, self.contents)
 
 
-def read_rows(data: Any) -> Rows:
-    """The records of a file or sequence that can be rows, in order: those that an index of it has."""
+def read_rows(data: Any, what: str = "data") -> Rows:
+    """The records of a file or sequence that can be rows, in order: those that an index of it has. DataError, which
+    names the argument `what` they are, when there is none."""
     kept = [example for example in read_examples(data) if example.skip is None]
     if not kept:
-        raise DataError("data: there is no record that can be a row")
+        raise DataError(f"{what}: there is no record with a text in {data if isinstance(data, str) else 'it'}")
     labels = {name: [getattr(example, name) for example in kept] for name in LABELS}
     return Rows([example.content for example in kept], labels)
 

@@ -25,6 +25,10 @@ class Interval:
     low: float
     high: float
 
+    def to_json(self) -> dict[str, float]:
+        """Of a mean, as an evaluation reports it."""
+        return {"mean": self.value, "low": self.low, "high": self.high}
+
 
 def difference(predicted_mean: float, residuals: Sequence[float], population: int, *, level: float = LEVEL) -> Interval:
     """The mean of y over a group of `population` rows of which a random few are labelled.

@@ -15,7 +15,8 @@ import numpy as np
 
 from influent import metrics
 from influent.errors import DataError, FormatError
-from influent.metrics import Interval, bootstrap
+from influent.intervals import Interval
+from influent.metrics import bootstrap
 from influent.rerun import Plan, Reruns, best, everything, halves, only, without
 from influent.rng import Stream
 from influent.truth import Retraining

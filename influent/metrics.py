@@ -6,27 +6,14 @@ number depends on the order of rows. Not here: retraining (rerun.py), or where s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from influent.errors import DataError, NumericsError
+from influent.intervals import LEVEL, Interval
 from influent.rng import Stream
 
 RESAMPLES = 2000
-LEVEL = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and the bounds of its percentile bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
 def ranks(x: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ from .kron import KronRows
 from .progress import Progress
 from .truncated import Truncated
 
+MIXED = "fim, lowrank, sketch, kfac:compressed or ekfac:compressed"  # the curvatures that can be
+
 
 def check_mix(share: float, curvature: str, normalize: str) -> None:
     """SpecError unless the share is between 0 and 1, the curvature is a Fisher matrix of rows that can be mixed, and no
@@ -34,9 +36,7 @@ def check_mix(share: float, curvature: str, normalize: str) -> None:
         raise SpecError(f"mix is {share}, expected a share above 0 and below 1, such as 0.5")
     kron = kronname.parse(curvature)
     if curvature.partition(":")[0] not in ("fim", "lowrank", "sketch") and not (kron and kron.compressed):
-        raise SpecError(
-            f"mix is for fim, lowrank, sketch, kfac:compressed and ekfac:compressed, not for {curvature}: leave it out"
-        )
+        raise SpecError(f"mix is for {MIXED}, not for {curvature}: leave it out")
     if normalize == "relatif":
         raise SpecError("mix has no self-influence that relatif could divide by: use --normalize none or cosine")
 
@@ -69,7 +69,7 @@ def precondition(
 def _eased(fitted: Curvature, share: float) -> Curvature:
     """F + lambda / (1 - m) I, of which (1 - m) F + lambda I is 1 - m times."""
     if not isinstance(fitted, Truncated | KronRows) or not isinstance(fitted.damping, Damping):
-        raise SpecError(f"mix: {fitted.name} cannot be mixed: give --curvature fim or lowrank, and no --parity")
+        raise SpecError(f"mix: {fitted.name} cannot be mixed so: give --curvature {MIXED}, and no --parity")
     more = Damping(fitted.damping.unit, fitted.damping.value / (1 - share))
     if isinstance(fitted, Truncated):
         return Truncated(fitted.index, fitted.basis, more, memory=fitted.memory)

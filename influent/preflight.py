@@ -26,6 +26,12 @@ from influent.selection import parse_size, resolve
 from influent.storage import UNFINISHED, Store
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+MAKES = {
+    "index": "index MODEL DATA --out {}",
+    "student": "distill INDEX --target FILE --student MODEL --out {}",
+    "folder of scores": "appraise STUDENT DATA --out {} --commit",
+    "commitment": "appraise STUDENT DATA --out DIR --commit",
+}  # what a verb is given -> the command that makes it
 _LATER_PART = re.compile(r"catalog-\d{6}\.(json|parquet)")  # of rows that were appended
 # A checkpoint whose names begin so carries the full names of the modules; others lack a prefix that only loading adds.
 FULL_NAMES = ("model.", "transformer.", "gpt_neox.", "language_model.")
@@ -237,10 +243,10 @@ def ensemble(path: str) -> Ensemble:
     return Ensemble.open(directory(path))
 
 
-def directory(path: str) -> str:
-    """A directory that is there; FormatError otherwise. Damage in it is for `verify` to find."""
+def directory(path: str, kind: str = "index") -> str:
+    """A directory of this kind that is there; FormatError otherwise. Damage in it is for `verify` to find."""
     if "://" not in path and not Path(path).expanduser().is_dir():
-        raise FormatError(f"{path}: no such index; make it with `influent index MODEL DATA --out {path}`")
+        raise FormatError(f"{path}: no such {kind}; make it with `influent {MAKES[kind].format(path)}`")
     return path
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+from influent.methods import METHODS
+
 Doc = Mapping[str, Any]
 SIGN = "positive = training on it lowered this loss"
 ASIDE_ROWS = 3  # rows shown of the bottom and of each baseline; JSON and files have them all
@@ -83,7 +85,10 @@ def print_info(doc: Doc, console: Console) -> None:
     for number, fitted in enumerate(doc["curvatures"]):
         table.add_row("" if number else "curvatures", _plain(_curvature(fitted)))
     if not doc["curvatures"]:
-        table.add_row("curvatures", "none fitted yet: `influent fit`, or the first `influent query`, makes one")
+        own = METHODS.get(str(doc.get("notes", {}).get("method")))
+        needs = own is None or own.curvature != "identity"
+        makes = "none fitted yet: `influent fit`, or the first `influent query`, makes one"
+        table.add_row("curvatures", makes if needs else "none, and a query by this index's method needs none")
     console.print(table)
     for fitted in doc["curvatures"]:
         if fitted.get("health") and not fitted.get("stale"):

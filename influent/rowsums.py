@@ -7,10 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influent.errors import SpecError
 from influent.gram import RowSource
 from influent.progress import Progress
+from influent.rowstore import Index
 
 STEP_NUMBERS = 1 << 22  # numbers of a block decoded at once
+
+
+def check_stored(index: Index, what: str) -> None:
+    """SpecError, saying `what` adds rows up, for an index that stores none."""
+    if not index.codec.stored:
+        raise SpecError(
+            f"{index.path}: stores no rows (rows none), and {what} reads them: index again with --rows float32"
+        )
 
 
 @torch.no_grad()

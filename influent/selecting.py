@@ -73,6 +73,7 @@ def select(
     """
     _check(out, budget, tokens, diversity, rounds, normalize)
     opened, wanted = Index.open(index), targets.read(target, task)
+    rowsums.check_stored(opened, "select")
     sizes = opened.stat("tokens").double().numpy()
     count = _count(budget, opened.n) if budget is not None else None
     queries = targets.gradients(

@@ -43,7 +43,9 @@ class Trial:
     def __init__(self, request: Request, progress: Progress | None):
         self.ask, self.progress = request, progress
         self.index = None if request.index is None else Ensemble.open(request.index)
-        self.queries = None if request.queries is None or self._plain else contenders.read_rows(request.queries)
+        self.queries = (
+            None if request.queries is None or self._plain else contenders.read_rows(request.queries, "--queries")
+        )
         self.files = self._files()
         self.matrices: dict[str, np.ndarray] = {}
         self.reported = np.arange(self.num_queries)

@@ -89,6 +89,8 @@ def value(
     _check(normalize, interval, diversity, costs, budget)
     purse, asked = None if budget is None else money(budget), settling.read_costs(costs)
     opened, wanted = Index.open(index), targets.read(target, task)
+    if diversity:
+        rowsums.check_stored(opened, "--diversity")
     groups = providers.groups_of(opened.catalog.fields("provider", "source"), by)
     run = Run(token_budget=token_budget, device=device)
     queries = targets.gradients(opened, wanted, model=model, task=task, run=run, progress=progress)

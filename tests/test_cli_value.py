@@ -27,10 +27,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["distill", *VALUE[1:], "--student", "empty", "-o", "s"], "empty: config.json is missing"),
     (["distill", *VALUE[1:], "--student", "model", "-o", "s", "--rung", "gpt"], "--rung: expected auto, bm25"),
     (["appraise", "index", "data.jsonl", "--commit"], "--commit is to scores that are kept"),
-    (["reveal", "nowhere", "--seed", "x", "--count", "3", "-o", "r.jsonl"], "nowhere: no such"),
+    (
+        ["reveal", "nowhere", "--seed", "x", "--count", "3", "-o", "r.jsonl"],
+        "nowhere: no such folder of scores; make it",
+    ),
     (["reveal", "index", "--seed", "x", "--count", "3", "-o", "r.jsonl"], "index: nothing is committed there"),
-    (["audit", "nowhere", "r.jsonl", "--seed", "x", "--count", "3"], "nowhere: no such"),
-    (["appraise", "nowhere", "data.jsonl"], "nowhere: no such"),
+    (["audit", "nowhere", "r.jsonl", "--seed", "x", "--count", "3"], "nowhere: no such commitment; make it with"),
+    (["appraise", "nowhere", "data.jsonl"], "nowhere: no such student; make it with `influent distill INDEX"),
     (["appraise", "index", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["appraise", "index", "data.jsonl"], "expected a directory of kind 'student', got 'index'"),
 ]

@@ -334,12 +334,14 @@ MISTAKES = [
     (["--scores", "vector.npy", "--truth", "t"], "scores vector: a vector is for mislabel only"),
     (["index", "--truth", "t"], "lds of an index needs --queries FILE"),
     (["index", "--truth", "t", "--queries", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["index", "--truth", "t", "--queries", "empty.jsonl"], "--queries: there is no record with a text in empty.jsonl"),
     (["nowhere", "--truth", "t", "--queries", "queries.jsonl"], "nowhere: no such index"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_a_mistake_is_one_line(here, capsys, arguments, message):
+    Path("empty.jsonl").write_text("")
     np.save("narrow.npy", np.zeros((4, 3)))
     np.save("vector.npy", np.zeros(N))
     np.save("broken.npy", np.where(np.arange(12).reshape(3, 4) == 6, np.nan, 1.0))

@@ -178,6 +178,13 @@ def test_what_needs_stored_rows_says_what_to_do(here):
         influent.query(str(here / "live"), **QUERIES[0], curvature="fim")
     with pytest.raises(SpecError, match="rows none: nothing is stored"):
         index(here, "bad", method="ekfac", compress="gauss:4x4")
+    for verb, more in (
+        (influent.select, {"out": str(here / "s.jsonl"), "budget": "2"}),
+        (influent.value, {"budget": "10", "costs": str(here / "costs.csv"), "diversity": 1.0}),
+    ):
+        (here / "costs.csv").write_text("provider,cost\nnone,1\n")
+        with pytest.raises(SpecError, match="stores no rows .* reads them: index again with --rows float32"):
+            verb(str(here / "live"), target=QUERIES[:1], **more)
 
 
 def test_queries_cut_to_a_rank(here):
