@@ -129,14 +129,14 @@ def bare(model: Any, batch: Tensor) -> None:
     token_losses(logits.flatten(0, 1), at, batch[:, 1:].flatten()).sum().backward()
 
 
-def collectors(model: nn.Module, kind: str, batch: int, device: str) -> dict[str, Any]:
+def collectors(model: nn.Module, kind: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """Name -> a context of the attached model."""
     return {
         name: attach(
-            model, Tokens(), Setting(compress=text, rows=rows), Run(token_budget=batch, device=device)
+            model, Tokens(), Setting(compress=text, rows=rows), Run(token_budget=batch, device=given.device)
         )
         for name, (text, rows) in METHODS.items()
-        if not (kind in LARGE and name in SLOW_TO_DRAW)
+        if name in given.methods and not (kind in LARGE and name in SLOW_TO_DRAW)
     }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def passes(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
             plain = [("train", lambda m=model, b=batch: train(m, b)), ("bare", lambda m=model, b=batch: bare(m, b))]
             for name, run in plain:
                 keep(line(kind, length, name, repeated(clock, run, given.repeats), batch.numel(), {}))
-            for name, context in collectors(model, kind, size, given.device).items():
+            for name, context in collectors(model, kind, size, given).items():
                 codec = Codec.parse(METHODS[name][1])
                 with context as attached:
                     collector = replace(attached.collector, codec=codec)
@@ -189,7 +189,9 @@ def indexed(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -
         model, length = build(kind, given.device), given.length[0]
         rows, size = max(4, given.index_tokens // length), batch_size(given, kind, length)
         data = texts(SHAPES[kind][5], rows, length)
-        for name in ("logra", "logra bfloat16", "factgrass", "lorif c=1", "lorif c=4"):
+        for name in given.methods:
+            if kind in LARGE and name in SLOW_TO_DRAW:
+                continue
             out, (text, codec) = given.out / "index", METHODS[name]
             shutil.rmtree(out, ignore_errors=True)
 
@@ -218,7 +220,7 @@ def compressed(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
             widths = {w for block in tracked.blocks for w in (block.in_width, block.out_width)}
             held = {w: torch.randn(size, length, w, device=given.device, dtype=torch.bfloat16) for w in widths}
             for name, (text, _) in METHODS.items():
-                if name in ("lorif c=4", "logra bfloat16") or (kind in LARGE and name in SLOW_TO_DRAW):
+                if name not in given.methods or (kind in LARGE and name in SLOW_TO_DRAW):
                     continue
                 run = joined(tracked, Compress.parse(text), held, given.device)
                 keep(line(kind, length, name, repeated(clock, run, given.repeats), size * length, {}))
@@ -305,7 +307,7 @@ def profiled(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) 
     model, size = build(kind, given.device), batch_size(given, kind, length)
     data = texts(SHAPES[kind][5], size, length)
     for name in ("logra", "factgrass", "lorif c=4"):
-        with collectors(model, kind, size, given.device)[name] as attached:
+        with collectors(model, kind, size, given)[name] as attached:
             collector = replace(attached.collector, codec=Codec.parse(METHODS[name][1]))
             collector.collect(data, name=str)
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -326,6 +328,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--model", nargs="+", default=["135m", "1b"], choices=list(SHAPES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--length", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a batch")
     parser.add_argument("--index-tokens", type=int, default=2**20)
