@@ -15,64 +15,36 @@ import numpy as np
 from grass_images import COMPRESSORS, DEFAULT, SIZES, TRIED
 from image_models import new_model
 from image_truth import SETTINGS
+from predictions import COLUMNS, Claim, Judged, ceiling, orderings, tuning, whiskers
 
-from influent.metrics import bootstrap, spearman
-
-COLUMNS = {"cpu": "compress_s", "cuda": "compress_gpu_s"}  # seconds by device
-
-
-def judged(each: np.ndarray) -> dict[str, float]:
-    interval = bootstrap(each)
-    return {"mean": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+from influent.metrics import spearman
 
 
-def whiskers(judged: list[dict[str, float]]) -> list[list[float]]:
-    """How far the intervals reach below and above their means, [2][n]: `yerr` of matplotlib."""
-    return [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]
-
-
-def tuning(num_queries: int) -> np.ndarray:
-    """The tenth of the queries on which the damping is chosen."""
-    chosen = np.zeros(num_queries, bool)
-    chosen[np.random.default_rng(2).permutation(num_queries)[: num_queries // 10]] = True
-    return chosen
-
-
-def scored(work: Path, margins: np.ndarray) -> dict[tuple[str, int], dict[int, np.ndarray]]:
-    """LDS [1 + seeds, dampings, queries] of each finished unit, by compressor and size, then by the seed of its maps:
-    of the mean of the margins over the trainings' seeds, and of each of those alone."""
-    outcomes = np.stack([margins.mean(1), *margins.swapaxes(0, 1)])  # [1 + seeds, halves, queries]
-    found: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+def scored(work: Path, outcomes: np.ndarray) -> dict[tuple[str, int], Judged]:
+    """Each finished compressor and size, its LDS the mean over the seeds of its maps; `by map seed` beside it."""
+    tune = tuning(outcomes.shape[2])
+    gains = np.stack([outcomes.mean(1), *outcomes.swapaxes(0, 1)])  # [1 + seeds, halves, queries]
+    by_map: dict[tuple[str, int], dict[str, np.ndarray]] = {}
     for path in sorted((work / "ranks").glob("*.npz")):
         kind, k, seed = path.stem.rsplit("-", 2)
         with np.load(path) as held:
             order = held["ranks"].astype(np.float64)
-        each = np.stack([[spearman(one, np.ascontiguousarray(gain.T)) for one in order] for gain in outcomes])
-        found.setdefault((kind, int(k)), {})[int(seed)] = each
-    return found
-
-
-def results(work: Path, margins: np.ndarray) -> list[dict[str, Any]]:
-    """One entry for each finished compressor and size; means over the seeds of its maps."""
-    found, tune = [], tuning(margins.shape[2])
-    for (kind, k), by_seed in scored(work, margins).items():
-        each = np.mean(list(by_seed.values()), 0)
+        each = [[spearman(one, np.ascontiguousarray(gain.T)) for one in order] for gain in gains]
+        by_map.setdefault((kind, int(k)), {})[seed] = np.stack(each)  # [1 + seeds, dampings, queries]
+    found = {}
+    for (kind, k), maps in by_map.items():
+        each = np.mean(list(maps.values()), 0)
         best, default = int(each[0][:, tune].mean(1).argmax()), TRIED.index(DEFAULT)
-        found.append(
-            {
-                "compressor": kind, "k": k, "damping": TRIED[best],
-                "lds": judged(each[0][best, ~tune]), "default": judged(each[0][default, ~tune]),
-                "grid": dict(zip(TRIED, each[0][:, ~tune].mean(1).round(4).tolist(), strict=True)),
-                "by map seed": {
-                    str(seed): round(float(one[0][best, ~tune].mean()), 4) for seed, one in by_seed.items()
-                },
-                "compress_s": taken(work, kind, k, "cpu"), "compress_gpu_s": taken(work, kind, k, "cuda"),
-                "each": {seed: one[:, best][:, ~tune] for seed, one in by_seed.items()},
-                "each default": {seed: one[:, default][:, ~tune] for seed, one in by_seed.items()},
-            }
+        facts: dict[str, Any] = {"compressor": kind, "k": k}
+        facts["by map seed"] = {seed: round(float(one[0][best, ~tune].mean()), 4) for seed, one in maps.items()}
+        facts |= {column: taken(work, kind, k, on) for on, column in COLUMNS.items()}
+        grid = dict(zip(TRIED, each[0][:, ~tune].mean(1).round(4).tolist(), strict=True))
+        held_out = each[:, :, ~tune]
+        found[kind, k] = Judged(
+            facts, TRIED[best], held_out[0, best], held_out[0, default], held_out[1:, best], grid
         )  # fmt: skip
     order = list(COMPRESSORS)
-    return sorted(found, key=lambda one: (order.index(one["compressor"]), one["k"]))
+    return dict(sorted(found.items(), key=lambda one: (order.index(one[0][0]), one[0][1])))
 
 
 def taken(work: Path, kind: str, k: int, on: str) -> float | None:
@@ -85,68 +57,27 @@ def machines(work: Path) -> list[str]:
     return sorted({json.loads(path.read_text())["machine"] for path in (work / "timings").glob("*.json")})
 
 
-def ceiling(truth: Any) -> float | None:
-    """The rank correlation, over the halves, of one seed's margins with another's: what a perfect score of these noisy
-    outcomes could hardly exceed."""
-    margins = truth["margins"]
-    if margins.shape[1] < 2:
-        return None
-    pairs = [(a, b) for a in range(margins.shape[1]) for b in range(a)]
-    return round(float(np.mean([spearman(margins[:, a].T, margins[:, b].T).mean() for a, b in pairs])), 4)
-
-
-def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of two compressors' LDS, query by query, over the seeds of maps that both have; also at the default damping, by
-    seed of the trainings, and by seed of the maps."""
-    common = sorted(one["each"].keys() & other["each"].keys())
-    gaps, default = (
-        np.stack([one[which][seed] - other[which][seed] for seed in common])  # [map seeds, 1 + seeds, queries]
-        for which in ("each", "each default")
-    )
-    return {
-        **judged(gaps.mean(0)[0]), "at default": judged(default.mean(0)[0]),
-        "by training seed": gaps.mean((0, 2)).round(4).tolist()[1:],
-        "by map seed": gaps[:, 0].mean(1).round(4).tolist(),
-    }  # fmt: skip
-
-
-def claims_of(model: str) -> list[tuple[str, str, str, float, float]]:
-    """The paper's claims: text, the two compressors, the least difference of LDS, and how many times faster."""
-    claims = [("SM >= RM", "SM", "RM", 0.0, 0.0)]
-    claims += [(f"SJLT within .02 of {o}, faster", "SJLT", o, -0.02, 1.0) for o in ("FJLT", "GAUSS")]
+def claims_of(model: str) -> list[Claim]:
+    """The paper's claims."""
+    claims = [Claim("SM >= RM", "SM", "RM")]
+    claims += [
+        Claim(f"SJLT within .02 of {other}, and faster", "SJLT", other, 0.02, 1.0) for other in ("FJLT", "GAUSS")
+    ]
     if model != "mlp":
         claims += [
-            (f"{kind} within .03 of SJLT at 20 times its speed", kind, "SJLT", -0.03, 20.0)
+            Claim(f"{kind} within .03 of SJLT, at 20 times its speed", kind, "SJLT", 0.03, 20.0)
             for kind in ("GraSS(RM)", "GraSS(SM)")
         ]
     return claims
 
 
-def orderings(found: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The paper's claims, each with the difference and whether it holds: None until both sides are measured.
-
-    `settled`: the interval has the least difference on one side, and so has that at the default damping. `fast`:
-    whether it is as fast as claimed, once that is known.
-    """
-    by, out = {(one["compressor"], one["k"]): one for one in found}, []
-    for k in SIZES:
-        for claim, first, second, least, faster in claims_of(model):
-            entry: dict[str, Any] = {"claim": claim, "k": k, "holds": None}
-            if (first, k) in by and (second, k) in by:
-                one, other = by[first, k], by[second, k]
-                gap = difference(one, other)
-                entry |= {"difference": gap, "holds": bool(gap["mean"] >= least)}
-                side = "low" if entry["holds"] else "high"
-                ends = gap[side], gap["at default"][side]
-                entry["settled"] = all(bool(end >= least) == entry["holds"] for end in ends)
-                times = {
-                    on: round(other[column] / one[column], 1)
-                    for on, column in COLUMNS.items()
-                    if None not in (one[column], other[column])
-                }
-                if faster and times:
-                    entry |= {"times": times, "fast": {on: ratio >= faster for on, ratio in times.items()}}
-            out.append(entry)
+def seconds(found: dict[tuple[str, int], Judged]) -> dict[str, dict[str, float]]:
+    """By device, of each compressor and size that was timed."""
+    out: dict[str, dict[str, float]] = {on: {} for on in COLUMNS}
+    for (kind, k), one in found.items():
+        for on, column in COLUMNS.items():
+            if one.facts[column] is not None:
+                out[on][f"{kind}-{k}"] = one.facts[column]
     return out
 
 
@@ -161,7 +92,7 @@ def report(work: Path) -> dict[str, Any]:
         if not (work / model / "ranks").is_dir():
             continue
         truth = np.load(work / model / "truth.npz")
-        found = results(work / model, truth["margins"])
+        found = scored(work / model, truth["margins"])
         document[model] = {
             "halves": len(truth["rows"]), "seeds": truth["margins"].shape[1],
             "parameters": sum(p.numel() for p in new_model(model).parameters()),
@@ -172,9 +103,9 @@ def report(work: Path) -> dict[str, Any]:
                 }
                 for on in np.unique(truth["machines"])
             },
-            "timed on": machines(work / model), "ceiling": ceiling(truth),
-            "orderings": orderings(found, model),
-            "settings": [{key: value for key, value in one.items() if "each" not in key} for one in found],
+            "timed on": machines(work / model), "ceiling": ceiling(truth["margins"]),
+            "orderings": orderings(claims_of(model), SIZES, found, seconds(found)),
+            "settings": [one.document() for one in found.values()],
         }  # fmt: skip
     return document
 

@@ -30,10 +30,9 @@ import numpy as np
 import torch
 from grass_images import BLOW_UP, COMPRESSORS, DAMPINGS, Unit
 from grass_images import DEFAULT as OWN
-from grass_images_report import COLUMNS, whiskers
 from image_truth import exact_float32, machine
 from music import LENGTH, NUM_CHECKPOINTS, NUM_SUBSETS, halves
-from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
+from predictions import COLUMNS, DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks, whiskers
 from together import each, share
 from torch import Tensor
 

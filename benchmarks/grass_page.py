@@ -108,7 +108,7 @@ def claims(document: Row) -> Iterator[list[str]]:
             continue
         gap = row["difference"]
         times, fast = row.get("times", {}), row.get("fast", {})
-        certain = row.get("certain", row.get("settled", False))
+        certain = row["certain"]
         verdict = ("yes" if row["holds"] else "no") + ("" if certain else ", within noise")
         if slow := [DEVICES[on] for on in times if not fast[on]]:
             verdict += f"; not as fast ({', '.join(slow)})"

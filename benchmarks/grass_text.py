@@ -33,11 +33,10 @@ import numpy as np
 import together
 import torch
 from environment import save
-from grass_images_report import whiskers
 from grass_music import cpu_seconds, gpu_seconds
 from image_truth import exact_float32, machine
 from lds import MAX_LENGTH
-from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks
+from predictions import DEFAULT, Claim, Judged, ceiling, judge, keep, orderings, ranks, whiskers
 
 import influent
 from influent.attach import Run, Setting, attach

@@ -3,7 +3,7 @@
 The LDS of a query is a rank correlation over the halves. So all it needs of a matrix of scores is the rank of each half
 by the sum of its rows' scores: a byte a query and half, which can be judged against a truth that is still being made.
 The damping of an entry is the best on a tenth of the queries; what is reported is of the others. Not here: scores
-(grass_music.py, grass_text.py), trainings (music.py, ground_truth.py).
+(grass_images.py, grass_music.py, grass_text.py), trainings (image_truth.py, music.py, ground_truth.py).
 """
 
 import json
@@ -13,13 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grass_images_report import judged, tuning
 from scipy.stats import rankdata
 
-from influent.metrics import spearman
+from influent.metrics import bootstrap, spearman
 
 DEFAULT = "default"  # the name of the method's own damping
 Ranks = np.ndarray  # [Q, halves], 1 is the least
+COLUMNS = {"cpu": "compress_s", "cuda": "compress_gpu_s"}  # of a result, seconds of compression by device
+
+
+def judged(each: np.ndarray) -> dict[str, float]:
+    """The mean over queries with its interval."""
+    interval = bootstrap(each)
+    return {"mean": round(interval.value, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+
+
+def whiskers(judged: list[dict[str, float]]) -> list[list[float]]:
+    """How far the intervals reach below and above their means, [2][n]: `yerr` of matplotlib."""
+    return [[one["mean"] - one["low"] for one in judged], [one["high"] - one["mean"] for one in judged]]
+
+
+def tuning(num_queries: int) -> np.ndarray:
+    """The tenth of the queries on which the damping is chosen."""
+    chosen = np.zeros(num_queries, bool)
+    chosen[np.random.default_rng(2).permutation(num_queries)[: num_queries // 10]] = True
+    return chosen
 
 
 def ranks(scores: np.ndarray, used: np.ndarray) -> Ranks:
