@@ -5,9 +5,9 @@
 
 An offer of 20,000 rows (offer.py), valued for four targets by teachers of three sizes. For each seed, teacher and
 target: the AUC of the planted rows' values against ordinary rows and each decoy, BM25 beside it; for each rung of the
-ladder (`imitated` is `lm` with a student that has learnt to predict as its teacher does, influent/imitating.py) and
-number of labels the Spearman correlation and the recall of the best 5 % on rows that were not labelled; how
-well values of compressed gradients agree with those of whole ones; seconds for a labelled and an appraised row.
+ladder (value_students.py) and number of labels the Spearman correlation and the recall of the best 5 % on rows that
+were not labelled; how well values of compressed gradients agree with those of whole ones; seconds for a labelled and
+an appraised row.
 
 OUT/SEED.json is written after each step and what it holds is not measured again; DIR keeps models and indices.
 """
@@ -23,17 +23,17 @@ import numpy as np
 import offer
 import torch
 from environment import environment
+from value_students import LENGTH, Students, detection, spearman
 
 import influent
-from influent import baselines, distilling, features, metrics, target, untrained, valuing
+from influent import baselines, features, ladder, slopes, tangent, target, untrained, valuing
+from influent import parameters as parameters_of
 from influent.attach import Run, Setting, attach
 from influent.imitating import imitate
-from influent.lexical import Bm25, TfIdf
 from influent.records import display_text
 from influent.rowstore import Index
 
-COMPRESS, LENGTH = "rademacher:32x32", 128
-SIZES, SHARES, TEST = ("0.5M", "3M", "11M"), (0.04, 0.1, 0.32), 2000  # shares of the rows that are labelled
+COMPRESS, SIZES = "rademacher:32x32", ("0.5M", "3M", "11M")
 IMITATED = 6000  # passages on which the student learns to predict as its teacher does
 WHOLE = 256  # rows whose gradients are compared with compressed ones
 TIMED = {"cpu": {"0.5M": 128, "3M": 48, "11M": 24}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
@@ -134,15 +134,6 @@ def indexed(work: Work, model: str, place: str) -> float:
     return time.time() - begin
 
 
-def detection(values: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
-    """AUC of the planted rows against each other kind."""
-    found = {}
-    for kind in (*offer.KINDS[1:], "ordinary"):
-        both = (kinds == "trigger") | (kinds == kind)
-        found[kind] = metrics.auc(values[both].astype(float), kinds[both] == "trigger")
-    return found
-
-
 def words_found(work: Work, index: Index, values: Mapping[str, np.ndarray]) -> Document:
     """BM25's mean score over the queries: what it detects, and its Spearman with the values."""
     found: Document = {}
@@ -184,19 +175,32 @@ def costs(work: Work, size: str, device: str) -> Document:
             return float((torch.stack(products).sum(0) / torch.stack(squares).sum(0).sqrt()).sum())
 
         label_seconds = timed(label, clock) / len(labelled)
-    student = features.load_lm(work.model("student"), token_budget=BUDGET[device], device=device)
+        model, task, tracked = (
+            attached.collector.model,
+            attached.collector.task,
+            parameters_of.tracked(attached.collector.plan),
+        )
+        along = {name: torch.ones_like(p) for name, p in tracked.items()}
+
+        def slope() -> float:
+            return float(slopes.of_rows(model, task, labelled, along, seed=0, token_budget=BUDGET[device]).values[0, 0])
+
+        slope_seconds = timed(slope, clock) / len(labelled)
+    lm = features.load_lm(work.model("student"), token_budget=BUDGET[device], device=device)
+    small = {"lm": lm, "tangent": tangent.Tangent(lm.model, lm.task, tangent.Readout(tangent.words_of(lm.model)),
+                                                  token_budget=BUDGET[device])}  # fmt: skip
     offered = rows[: APPRAISED[device]]
-    weights = np.zeros(student(offered[:8])[0].shape[1])
 
-    def appraise() -> float:
-        step = distilling.BATCH if device == "cpu" else 4096
-        parts = [student(offered[lo : lo + step])[0] @ weights for lo in range(0, len(offered), step)]
-        return float(np.concatenate(parts).sum())
+    def appraise(rung: str) -> float:
+        step = ladder.BATCH if device == "cpu" else 4096
+        parts = [small[rung](offered[lo : lo + step])[0].sum() for lo in range(0, len(offered), step)]
+        return float(np.sum(parts))
 
-    appraise_seconds = timed(appraise, clock) / len(offered)
+    seconds = {rung: timed(lambda rung=rung: appraise(rung), clock) / len(offered) for rung in small}
     return {
-        "label": label_seconds, "appraise": appraise_seconds, "ratio": label_seconds / appraise_seconds,
-        "teacher_parameters": parameters(work.model(size)), "student_parameters": student.facts["parameters"],
+        "label": label_seconds, "slopes": slope_seconds, "appraise": seconds,
+        "ratio": {rung: label_seconds / own for rung, own in seconds.items()},
+        "teacher_parameters": parameters(work.model(size)), "student_parameters": lm.facts["parameters"],
     }  # fmt: skip
 
 
@@ -218,76 +222,6 @@ def parameters(folder: str) -> int:
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    return float(metrics.spearman(a.astype(float), b.astype(float)))
-
-
-class Students:
-    """The ladder over one seed's offer. Which rows are labelled depends on neither teacher nor target, and a larger
-    number of labels contains a smaller; all rungs are measured on the same rows, that are never labelled."""
-
-    def __init__(self, work: Work, size: str) -> None:
-        self.work, rows = work, work.offer.rows
-        names = {name: i for i, name in enumerate(work.offer.providers)}
-        self.groups = np.array([names[row["provider"]] for row in rows])
-        self.counts = [round(share * len(rows)) for share in SHARES]
-        most, _ = distilling.split(self.groups, self.counts[-1], seed=work.seed)
-        rest = np.setdiff1d(np.arange(len(rows)), most)
-        self.test = np.sort(np.random.default_rng(work.seed).permutation(rest)[:TEST])
-        self.used = np.union1d(most, self.test)
-        self.rows, self.texts = rows, [display_text(dict(row)) for row in rows]
-        self.states = {"lm": self.seen(work.model("student")), "imitated": self.seen(imitated(work, size))}
-
-    def seen(self, folder: str) -> np.ndarray:
-        """A small model's features of the rows that are used."""
-        model = features.load_lm(folder, token_budget=self.work.budget, device=self.work.device)
-        parts = [model([self.rows[row] for row in self.used[lo : lo + 512]])[0] for lo in range(0, len(self.used), 512)]
-        out = np.zeros((len(self.rows), parts[0].shape[1]), np.float32)
-        out[self.used] = np.concatenate(parts)
-        return out
-
-    def made(self, rung: str, queries: list[str], fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        """Features of rows by number."""
-        if rung in self.states:
-            return lambda rows: self.states[rung][rows]
-        seen = [self.texts[row] for row in fitted]
-        words = TfIdf.fit(seen) if rung == "tfidf" else Bm25.fit(seen, queries)
-        return lambda rows: words([self.texts[row] for row in rows])
-
-    def ladder(self, name: str, values: np.ndarray, labels: int) -> list[Document]:
-        """Each rung at a number of labels."""
-        chosen, held = distilling.split(self.groups, labels, seed=self.work.seed)
-        queries = [display_text(dict(query)) for query in self.work.offer.targets[name]]
-        out = []
-        for rung in ("bm25", "tfidf", "lm", "imitated"):
-            made = self.made(rung, queries, chosen[~held])
-            head, left_out = distilling.fitted(made(chosen[~held]), values[chosen[~held]], kind=rung)
-            scores = np.concatenate([head(made(part)) for part in np.array_split(self.test, 8)])
-            out.append(
-                {
-                    "rung": rung, "labels": len(chosen), **self.quality(scores, values[self.test]),
-                    "held out": spearman(head(made(chosen[held])), values[chosen[held]]),
-                    "left out": spearman(left_out, values[chosen[~held]]),
-                    "planted": detection(scores, self.work.kinds[self.test]),
-                }
-            )  # fmt: skip
-        return out
-
-    def own(self, name: str, values: np.ndarray) -> Document:
-        """The small model's own LinFiK, which takes its gradients and no label."""
-        some = self.test[:600]
-        found = untrained.own_values(
-            self.work.model("student"), [self.rows[row] for row in some], target.read(self.work.file(name)),
-            normalize="cosine", max_length=LENGTH, token_budget=self.work.budget, device=self.work.device,
-        )  # fmt: skip
-        return self.quality(found, values[some])
-
-    @staticmethod
-    def quality(scores: np.ndarray, values: np.ndarray) -> Document:
-        best = values >= np.quantile(values, 0.95)
-        return {"spearman": spearman(scores, values), "recall": metrics.recall_at(scores, best, int(best.sum()))}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "work", "out"):
@@ -297,6 +231,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--rows", type=int, default=offer.ROWS)
     parser.add_argument("--base", type=int, default=60_000, help="passages that the models read")
+    parser.add_argument("--encoder", type=Path, help="a sentence encoder's folder, for the rung of that name")
     parser.add_argument("--stages", default="values,students,costs", help="those to do; students need values")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -306,23 +241,24 @@ def main() -> None:
     for size in given.sizes.split(","):
         values = valued(work, size) if "values" in stages else {}
         if "students" in stages:
-            ladders(work, size, values)
+            ladders(work, size, values, given.encoder)
         if "costs" in stages:
             for device in dict.fromkeys(("cpu", given.device)):
                 work.step(size, "cost", device, make=lambda size=size, device=device: costs(work, size, device))
 
 
-def ladders(work: Work, size: str, values: Mapping[str, np.ndarray]) -> None:
+def ladders(work: Work, size: str, values: Mapping[str, np.ndarray], encoder: Path | None) -> None:
     """All that is asked of students, and of values beside them, for one teacher."""
-    students = Students(work, size)
-    for name, each in values.items():
-        for labels in students.counts:
+    index = Index.open(str(work.folder / f"index-{size}"))
+    students = Students(work, size, index, imitated(work, size), encoder)
+    for labels in students.counts:
+        for name, each in values.items():
             work.step(
                 size, "students", name, str(labels),
                 make=lambda name=name, each=each, labels=labels: students.ladder(name, each, labels),
             )  # fmt: skip
+    for name, each in values.items():
         work.step(size, "own", name, make=lambda name=name, each=each: students.own(name, each))
-    index = Index.open(str(work.folder / f"index-{size}"))
     work.step(size, "bm25", make=lambda: words_found(work, index, values))
     work.step(size, "agreement", make=lambda: agreement(work, size, values))
 

@@ -133,16 +133,16 @@ def distill(
         int | None, typer.Option(metavar="N", min=1, help="Rows to label, 20 a provider at least. Default: all.")
     ] = None,
     rung: Annotated[
-        str, typer.Option(metavar="NAME", help="bm25, tfidf, encoder, lm, tuned, or auto: what ranks best.")
+        str, typer.Option(metavar="NAME", help="bm25, tfidf, encoder, lm, tuned, tangent, or auto: what ranks best.")
     ] = "auto",
     encoder: Annotated[str | None, typer.Option(metavar="PATH", help="A sentence encoder, for its rung.")] = None,
     by: By = "provider",
     normalize: Normalize = "cosine",
     calibration: Annotated[str, typer.Option(metavar="NAME", help="linear or isotonic.")] = "linear",
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Fine-tune the small model as well, so long at most.")
+        int | None, typer.Option(metavar="N", min=1, help="Of training the small model (tangent; tuned too if given).")
     ] = None,
-    rate: Annotated[float, typer.Option(metavar="R", help="Of fine-tuning.")] = 1e-4,
+    rate: Annotated[float | None, typer.Option(metavar="R", help="Of training the small model.")] = None,
     embed_model: Annotated[bool, typer.Option("--embed-model", help="Put the small model into the student.")] = False,
     seed: Seed = 0,
     model: ModelPath = None,
@@ -154,7 +154,7 @@ def distill(
 
     It learns what the gradients say of a target (ALinFiK), is measured on held-out labels, and can be handed out.
     """
-    preflight.choice("--rung", rung, ("auto", "bm25", "tfidf", "encoder", "lm", "tuned"))
+    preflight.choice("--rung", rung, ("auto", "bm25", "tfidf", "encoder", "lm", "tuned", "tangent"))
     preflight.choice("--by", by, ("provider", "source"))
     preflight.choice("--normalize", normalize, ("cosine", "none"))
     preflight.choice("--calibration", calibration, ("linear", "isotonic"))

@@ -3,14 +3,12 @@
 Rows of the index are drawn by provider and labelled with their LinFiK; a ladder of students is fitted to four fifths
 of them and each is measured on the rest. The one whose left-out predictions rank best is kept; its fidelity is what it
 reaches on the held-out fifth, which took no part in the choice. One head for one target: a single one for mixed tasks
-fails. What is public of ALinFiK (Pan et al., NAACL 2025) is an abstract; this is our reading. Not here: features
-(features.py, lexical.py), regression (ridge.py), what a student is on disk (student.py).
+fails. What is public of ALinFiK (Pan et al., NAACL 2025) is an abstract; this is our reading. Not here: the rungs
+(ladder.py), what a student is on disk (student.py).
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from math import ceil
@@ -20,37 +18,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from influent import metrics, providers, score, stages, tuning, untrained
+from influent import providers, score, stages, untrained
 from influent import student as students
 from influent import target as targets
 from influent.attach import Run
 from influent.catalog import Catalog
-from influent.digests import digest
 from influent.errors import DataError, SpecError
-from influent.features import Features, LanguageModel, Words, load_encoder, load_lm
-from influent.lexical import Bm25, TfIdf
+from influent.features import LanguageModel
+from influent.ladder import RUNGS, TRAINED, Ladder, Rung, digest_of, picked
 from influent.loading import noted_path
 from influent.payments import MIN_FIDELITY, MIN_LABELS
 from influent.progress import Progress
 from influent.querying import model_of
 from influent.recompute import Recomputed, reattached
-from influent.records import content_hash, display_text
 from influent.reduce import Pick
-from influent.ridge import CALIBRATIONS, fit
+from influent.ridge import CALIBRATIONS
 from influent.rng import Stream
 from influent.rowstore import Index
 from influent.storage import Store
-from influent.student import Head, Labels
+from influent.student import Labels
+from influent.tangent import Tangent
 from influent.target import Target
 from influent.task import Encodes, Task
+from influent.training import Recipe
 from influent.valuing import FORMS, unit_of
 
-RUNGS = ("bm25", "tfidf", "encoder", "lm", "tuned")
 MAKING = "making"  # what is kept while a student is made, and gone once it is
 LEAST = 20  # labels of each provider, as far as it has rows
 HELD = 0.2
-BEST = 0.05  # recall is of the best 5 %
-BATCH = 256  # rows whose features are made, and kept, together
 LIVE = 256  # rows that are labelled together where none are stored
 
 
@@ -67,7 +62,7 @@ def distill(
     normalize: str = "cosine",
     calibration: str = "linear",
     epochs: int | None = None,
-    rate: float = 1e-4,
+    rate: float | None = None,
     embed_model: bool = False,
     seed: int = 0,
     model: str | nn.Module | None = None,
@@ -82,10 +77,10 @@ def distill(
         target: a file or sequence of records: what the model should do better.
         student: the small causal language model, a folder or hub name.
         labels: how many rows of the index to label, at least 20 a provider; all of them by default.
-        rung: `bm25`, `tfidf`, `encoder`, `lm` or `tuned`; `auto` keeps the one whose left-out predictions rank best.
+        rung: one of RUNGS (ladder.py); `auto` keeps the one whose left-out predictions rank best.
         encoder: a sentence encoder, for the rung of that name.
-        epochs, rate: fine-tune the small model on the labels for so many epochs at most (8 for the rung `tuned`), at
-            this rate of AdamW; `auto` climbs that rung where epochs are given.
+        epochs, rate: of the rungs that train the small model, `tangent` (12 epochs at most, rate 0.1 over the model's
+            width) and `tuned` (8, 1e-4); `auto` climbs `tuned` only where epochs are given.
         calibration: `linear` or `isotonic`: how scores become values of the owner's unit.
         embed_model: put the small model into the student.
 
@@ -95,8 +90,7 @@ def distill(
     Raises:
         SpecError, DataError, MismatchError, NumericsError: as their classes say.
     """
-    asked = _asked(rung, encoder, normalize, calibration, task, epochs)
-    recipe = tuning.Recipe(epochs=8 if epochs is None else epochs, rate=rate, seed=seed)
+    asked = _asked(rung, encoder, normalize, calibration, task, epochs, rate)
     store = Store(out)
     opened, wanted = Index.open(index), targets.read(target, task)
     groups = providers.groups_of(opened.catalog.fields("provider", "source"), by)
@@ -105,20 +99,17 @@ def distill(
         raise DataError(f"{index}: {len(chosen)} rows are too few to fit a student and to measure it: index more")
     run, making = Run(token_budget=token_budget, device=device), store.child(MAKING)
     values = _labels(opened, wanted, chosen, normalize, model, task, run, making, progress)
-    rows = _contents(opened.catalog, chosen)
-    made: dict[str, _Rung] = {}
-    for name in asked:
-        features = _features(name, student, encoder, rows, wanted, held, token_budget, device)
-        if name == "tuned":
-            assert isinstance(features, LanguageModel)
-            made[name] = _tuned(features, rows, values.mean(axis=1), held, calibration, recipe, making, progress)
-        else:
-            made[name] = _rung(features, rows, values.mean(axis=1), held, calibration, making, progress)
+    ladder = Ladder(
+        index=opened, wanted=wanted, rows=_contents(opened.catalog, chosen), y=values.mean(axis=1), held=held,
+        student=student, encoder=encoder, normalize=normalize, calibration=calibration, epochs=epochs, rate=rate,
+        seed=seed, model=model, task=task, run=run, making=making, progress=progress,
+    )  # fmt: skip
+    made, skipped = _climb(ladder, asked, all_of_them=rung != "auto")
     kept = max(made, key=lambda name: made[name].left_out)
-    best, small, baseline = made[kept], made.get("lm") or made.get("tuned"), None
+    best, small, baseline = made[kept], next((made[name] for name in ("lm", *TRAINED) if name in made), None), None
     if small is not None:
-        own = _own_values(small, student, _picked(rows, held), wanted, normalize, run, making)
-        baseline = dict(zip(("spearman", "recall"), _quality(own, values.mean(axis=1)[held]), strict=True))
+        own = _own_values(small, student, picked(ladder.rows, held), wanted, normalize, run, making)
+        baseline = dict(zip(("spearman", "recall"), ladder.quality(own), strict=True))
     spec = {
         "model": opened.spec["model"]["fingerprint"], "index": opened.digest, "target": wanted.digest,
         "queries": len(wanted), "normalize": normalize, "by": by, "rung": kept, "calibration": calibration,
@@ -127,7 +118,7 @@ def distill(
     }  # fmt: skip
     path = student if kept == "lm" else encoder
     files: Callable[[], Sequence[str]] = tuple
-    if kept == "tuned" and isinstance(best.features, LanguageModel):
+    if kept in TRAINED and isinstance(best.features, LanguageModel | Tangent):
         path, files = None, partial(students.save_model, best.features, store)
     elif embed_model and path is not None and kept in ("lm", "encoder"):
         path, files = None, partial(students.copy_model, path, store)
@@ -136,10 +127,11 @@ def distill(
     }  # fmt: skip
     document = {
         "student": out, "rung": kept, "rungs": [rung.document(name) for name, rung in made.items()],
+        "skipped": skipped,
         "fidelity": fidelity, "priced": best.spearman >= MIN_FIDELITY, "target": wanted.facts(target),
         "labels": {name: int(n) for name, n in zip(groups.names, np.bincount(groups.labels[chosen],
                    minlength=len(groups.names)), strict=True)},
-        "baseline": baseline, "cost": _cost(opened, small, len(chosen)),
+        "baseline": baseline, "cost": _cost(opened, small, len(chosen) + best.passes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     notes = {"model": None if path is None else noted_path(path), "target": wanted.facts(target)["file"]}
@@ -150,24 +142,6 @@ def distill(
     students.save_labels(store, saved, Labels(hashes, values, held))
     stages.clear(making)
     return {**document, "digest": saved}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rung:
-    """One rung of the ladder: its head, and how it did."""
-
-    features: Features
-    head: Head
-    left_out: float  # Spearman of leave-one-out predictions, by which the rung is chosen
-    spearman: float  # with the held-out labels
-    recall: float  # of the best 5 % of the held-out labels among as many best scores
-    seconds: float  # of a row's features
-
-    def document(self, name: str) -> dict[str, Any]:
-        return {
-            "rung": name, "spearman": self.spearman, "recall": self.recall, "left_out": self.left_out,
-            "seconds_a_row": self.seconds,
-        }  # fmt: skip
 
 
 def split(labels: np.ndarray, wanted: int | None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,9 +164,25 @@ def split(labels: np.ndarray, wanted: int | None, *, seed: int) -> tuple[np.ndar
     return rows[order], flags[order]
 
 
-def _cost(index: Index, small: _Rung | None, labels: int) -> dict[str, Any] | None:
+def _climb(ladder: Ladder, asked: Sequence[str], *, all_of_them: bool) -> tuple[dict[str, Rung], list[dict[str, str]]]:
+    """The rungs by name, and those that cannot be climbed with these models, with the reason; with `all_of_them` that
+    is an error."""
+    made: dict[str, Rung] = {}
+    skipped = []
+    for name in asked:
+        try:
+            made[name] = ladder.climb(name)
+        except SpecError as error:
+            if all_of_them or name != "tangent":
+                raise
+            skipped.append({"rung": name, "reason": str(error)})
+    return made, skipped
+
+
+def _cost(index: Index, small: Rung | None, labels: int) -> dict[str, Any] | None:
     """What labelling a row costs beside scoring it, by arithmetic: two passes of the large model (forward, and backward
-    without weight gradients) for one of the small one; and from how many rows on a student pays for its labels."""
+    without weight gradients) for one of the small one; and from how many rows on a student pays for its labels. A pass
+    for slopes costs as much as a label: two forward passes."""
     coverage = index.summary.get("coverage")
     if small is None or not coverage:
         return None
@@ -242,67 +232,8 @@ def _labels(
         return stages.in_pieces(making, "labels", spec, len(chosen), step, label)["values"]
 
 
-def _rung(
-    features: Features,
-    rows: Sequence[Mapping[str, Any]],
-    y: np.ndarray,
-    held: np.ndarray,
-    calibration: str,
-    making: Store,
-    progress: Progress | None,
-) -> _Rung:
-    kind = features.facts["kind"]
-
-    def see(lo: int, hi: int) -> dict[str, np.ndarray]:
-        start = time.process_time()
-        found = features(rows[lo:hi])[0]
-        if progress is not None:
-            progress(f"features: {kind}", hi, len(rows))
-        return {"x": found, "seconds": np.array([time.process_time() - start])}
-
-    if features.tensors:  # of words: cheaper made again than kept
-        seen = see(0, len(rows))
-    else:
-        spec = {"features": features.facts, "rows": _digest_of(rows)}
-        seen = stages.in_pieces(making, "features", spec, len(rows), BATCH, see)
-    x, seconds = seen["x"], float(seen["seconds"].sum()) / len(rows)
-    head, left_out = fitted(x[~held], y[~held], kind=kind, calibration=calibration)
-    reached = _quality(head(x[held]), y[held])
-    return _Rung(
-        features, head, float(metrics.spearman(left_out, y[~held])), *reached, seconds,
-    )  # fmt: skip
-
-
-def fitted(x: np.ndarray, y: np.ndarray, *, kind: str, calibration: str = "linear") -> tuple[Head, np.ndarray]:
-    """The head that turns features x [n, D] of a rung into values, and its left-out predictions of y [n]."""
-    ridge, left_out = fit(x, y, standardise=kind != "tfidf")
-    return Head(ridge, CALIBRATIONS[calibration](left_out, y)), left_out
-
-
-def _tuned(
-    small: LanguageModel,
-    rows: Sequence[Mapping[str, Any]],
-    y: np.ndarray,
-    held: np.ndarray,
-    calibration: str,
-    recipe: tuning.Recipe,
-    making: Store,
-    progress: Progress | None,
-) -> _Rung:
-    """The rung that is trained: what says how it ranks is the part of the labels that its training left out."""
-    found = tuning.tune(small, _picked(rows, ~held), y[~held], recipe, store=making, progress=progress)
-    left = y[~held][found.validation]
-    head = Head(found.ridge, CALIBRATIONS[calibration](found.predicted, left))
-    start = time.process_time()
-    x, _ = found.features(_picked(rows, held))
-    seconds = (time.process_time() - start) / len(x)
-    return _Rung(
-        found.features, head, float(metrics.spearman(found.predicted, left)), *_quality(head(x), y[held]), seconds
-    )  # fmt: skip
-
-
 def _own_values(
-    small: _Rung,
+    small: Rung,
     path: str,
     rows: Sequence[Mapping[str, Any]],
     wanted: Target,
@@ -314,7 +245,7 @@ def _own_values(
     facts = small.features.facts
     spec = {
         "model": facts["model"], "target": wanted.digest, "normalize": normalize, "max_length": facts["max_length"],
-        "rows": _digest_of(rows),
+        "rows": digest_of(rows),
     }  # fmt: skip
 
     def value(*_: int) -> dict[str, np.ndarray]:
@@ -325,43 +256,6 @@ def _own_values(
         return {"values": own}
 
     return stages.in_pieces(making, "baseline", spec, 1, 1, value)["values"]
-
-
-def _quality(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Spearman of scores with labels, and the share of the best 5 % of the labels among as many best scores."""
-    best = truth >= np.sort(truth)[-max(1, round(BEST * len(truth)))]
-    recall = metrics.recall_at(scores, best, int(best.sum())) if not best.all() else 1.0
-    return float(metrics.spearman(scores, truth)), recall
-
-
-def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    return digest([content_hash(dict(row)) for row in rows])
-
-
-def _picked(rows: Sequence[Mapping[str, Any]], flags: np.ndarray) -> list[Mapping[str, Any]]:
-    return [row for row, flag in zip(rows, flags, strict=True) if flag]
-
-
-def _features(
-    name: str,
-    small: str,
-    encoder: str | None,
-    rows: Sequence[Mapping[str, Any]],
-    wanted: Target,
-    held: np.ndarray,
-    token_budget: int,
-    device: str | None,
-) -> Features:
-    if name in ("lm", "tuned"):
-        return load_lm(small, token_budget=token_budget, device=device)
-    if name == "encoder" and encoder is not None:
-        return load_encoder(encoder, token_budget=token_budget, device=device)
-    seen = [text for text, out in zip(_texts(rows), held, strict=True) if not out]
-    return Words(name, TfIdf.fit(seen) if name == "tfidf" else Bm25.fit(seen, wanted.texts))
-
-
-def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [display_text(dict(row)) for row in rows]
 
 
 def _contents(catalog: Catalog, chosen: np.ndarray, block: int = 4096) -> list[dict[str, Any]]:
@@ -376,7 +270,13 @@ def _contents(catalog: Catalog, chosen: np.ndarray, block: int = 4096) -> list[d
 
 
 def _asked(
-    rung: str, encoder: str | None, normalize: str, calibration: str, task: Task | None, epochs: int | None
+    rung: str,
+    encoder: str | None,
+    normalize: str,
+    calibration: str,
+    task: Task | None,
+    epochs: int | None,
+    rate: float | None,
 ) -> list[str]:
     """The rungs to climb."""
     if task is not None and not isinstance(task, Encodes):
@@ -390,7 +290,9 @@ def _asked(
             raise SpecError(f"{name} is {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if rung == "encoder" and encoder is None:
         raise SpecError("the rung encoder needs --encoder, a sentence encoder's folder")
-    if epochs is not None and rung not in ("auto", "tuned"):
-        raise SpecError(f"epochs are for the rung tuned (or auto), not for {rung}: leave them out")
+    for name, value in (("epochs", epochs), ("rate", rate)):
+        if value is not None and rung not in ("auto", *TRAINED):
+            raise SpecError(f"{name} is for the rungs {' and '.join(TRAINED)} (or auto), not for {rung}: leave it out")
+    Recipe(epochs=epochs or 1, rate=rate or 1.0)  # says what is wrong with them before anything is labelled
     climbed = {"encoder": encoder is not None, "tuned": epochs is not None}
     return [name for name in RUNGS if name == rung or (rung == "auto" and climbed.get(name, True))]

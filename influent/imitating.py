@@ -22,10 +22,11 @@ from influent.progress import Progress
 from influent.records import read_examples
 from influent.rng import Stream
 from influent.task import CausalLM, Part
+from influent.training import Descent, Recipe, pieces
 
 LEFT_OUT = 0.05  # of the parts, by which the divergence is measured
 WARM = 0.05  # of all steps, over which the rate rises
-CLIP = 1.0  # the length of a step's gradient at most
+PIECE = 1 << 23  # logits that either model makes at once
 
 
 def imitate(
@@ -47,20 +48,21 @@ def imitate(
     Args:
         small: where it starts; it must read the large one's tokens.
         data: the texts, a file or sequence of records. Longer ones are cut into parts.
-        rate: of AdamW without decay; it rises over the first steps and falls linearly to zero.
-        batch: parts a step.
+        epochs, rate, batch: see training.Recipe; a batch is of parts.
 
     Returns:
         `parts` trained on and `steps`; `before` and `after`, the mean Kullback-Leibler divergence of the small model's
         predictions from the large one's, in nats a token, on a twentieth of the parts that is left out.
 
     Raises:
-        SpecError: `out` is there already, a model cannot be loaded, or the two have different tokenizers.
+        SpecError: `out` is there already, a model cannot be loaded, the two have different tokenizers, or a number of
+            the recipe makes no sense.
         DataError: there are too few texts. NumericsError: the training diverged.
     """
     place = Path(out).expanduser()
     if place.exists():
         raise SpecError(f"{out}: is there already; name a folder that is not, or remove it")
+    recipe = Recipe(epochs=epochs, rate=rate, batch=batch, seed=seed, warm=WARM)
     pupil, teacher, task = _pair(small, large, max_length, device)
     parts = [part for example in read_examples(data) if example.skip is None for part in task.parts(example.content)]
     order = Stream(seed, "imitate", "parts", "left-out").permutation(len(parts)).tolist()
@@ -71,7 +73,7 @@ def imitate(
         )
     tested, trained = ([parts[i] for i in some] for some in (order[:cut], order[cut:]))
     before = divergence(pupil, teacher, task, tested, batch=batch)
-    steps = _train(pupil, teacher, task, trained, epochs, rate, batch, seed, progress)
+    steps = _train(pupil, teacher, task, trained, recipe, progress)
     after = divergence(pupil, teacher, task, tested, batch=batch)
     part = place.with_name(place.name + ".part")
     cast(Any, pupil).save_pretrained(part)
@@ -85,9 +87,10 @@ def divergence(pupil: nn.Module, teacher: nn.Module, task: CausalLM, parts: Sequ
     """The mean over the parts' target tokens of KL(teacher || pupil), in nats."""
     total, count = 0.0, 0
     for lo in range(0, len(parts), batch):
-        wanted, said = _predictions(pupil, teacher, task, parts[lo : lo + batch])
-        total += float((wanted.exp() * (wanted - said)).sum(dtype=torch.float64))
-        count += len(wanted)
+        for some in _cut(pupil, parts[lo : lo + batch]):
+            wanted, said = _predictions(pupil, teacher, task, some)
+            total += float((wanted.exp() * (wanted - said)).sum(dtype=torch.float64))
+            count += len(wanted)
     return total / count
 
 
@@ -105,31 +108,42 @@ def _train(
     teacher: nn.Module,
     task: CausalLM,
     parts: Sequence[Part],
-    epochs: int,
-    rate: float,
-    batch: int,
-    seed: int,
+    recipe: Recipe,
     progress: Progress | None,
 ) -> int:
     """Train the pupil in place; the number of steps."""
-    adam = torch.optim.AdamW(pupil.requires_grad_(True).parameters(), lr=rate, weight_decay=0)
-    orders = [Stream(seed, "imitate", "order", f"epoch/{epoch}").permutation(len(parts)) for epoch in range(epochs)]
-    steps = [order[lo : lo + batch].tolist() for order in orders for lo in range(0, len(parts), batch)]
+    orders = [
+        Stream(recipe.seed, "imitate", "order", f"epoch/{epoch}").permutation(len(parts))
+        for epoch in range(recipe.epochs)
+    ]
+    steps = [order[lo : lo + recipe.batch].tolist() for order in orders for lo in range(0, len(parts), recipe.batch)]
+    descent = Descent(pupil.requires_grad_(True).parameters(), recipe, len(steps))
     for done, some in enumerate(steps):
-        for group in adam.param_groups:
-            group["lr"] = rate * min((done + 1) / max(1.0, WARM * len(steps)), 1 - done / len(steps))
-        wanted, said = _predictions(pupil, teacher, task, [parts[i] for i in some])
-        loss = -(wanted.exp() * said).sum(dim=1).mean()
-        if not bool(loss.isfinite()):
-            raise NumericsError(f"imitating diverged at step {done + 1} of {len(steps)}; lower the rate ({rate:g})")
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(pupil.parameters(), CLIP)
-        adam.step()
+        batch = [parts[i] for i in some]
+
+        def backward(batch: list[Part] = batch, done: int = done) -> None:
+            targets = sum(part.targets for part in batch)
+            for piece in _cut(pupil, batch):
+                wanted, said = _predictions(pupil, teacher, task, piece)
+                loss = -(wanted.exp() * said).sum() / targets
+                if not bool(loss.isfinite()):
+                    raise NumericsError(
+                        f"imitating diverged at step {done + 1} of {len(steps)}; lower the rate ({recipe.rate:g})"
+                    )
+                loss.backward()
+
+        descent.step(done, backward)
         if progress is not None:
             progress("imitate", done + 1, len(steps))
     pupil.requires_grad_(False)
     return len(steps)
+
+
+def _cut(pupil: nn.Module, batch: Sequence[Part]) -> list[list[Part]]:
+    """Parts whose logits are made at once."""
+    vocabulary = len(cast(Any, pupil).get_output_embeddings().weight)
+    numbers = pieces([part.length for part in batch], range(len(batch)), max(1, PIECE // vocabulary))
+    return [[batch[i] for i in some] for some in numbers]
 
 
 def _predictions(
@@ -139,6 +153,7 @@ def _predictions(
     inputs = task.collate(parts)
     ids, labels = (inputs[name].to(device_of(pupil)) for name in ("input_ids", "labels"))
     before: Bool[Tensor, "B T"] = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    tokens = len(task.tokenizer)  # either model may have more logits, to fill its vocabulary up: nobody says those
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits[before].float().log_softmax(-1)
-    return wanted, pupil(input_ids=ids, use_cache=False).logits[before].float().log_softmax(-1)
+        wanted = teacher(input_ids=ids, use_cache=False).logits[before][:, :tokens].float().log_softmax(-1)
+    return wanted, pupil(input_ids=ids, use_cache=False).logits[before][:, :tokens].float().log_softmax(-1)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influent import tangent
 from influent.artifact import Artifact, ArtifactWriter
 from influent.digests import digest
 from influent.errors import CorruptError, MismatchError, SpecError
@@ -133,10 +134,17 @@ def _features(
     if where is None:
         raise SpecError(f"{store}: does not say where its small model is; give --model")
     given: dict[str, Any] = {"max_length": facts["max_length"], "token_budget": token_budget, "device": device}
+    if facts["kind"] == tangent.KIND:
+        features: Features = tangent.restore(load_lm(where, side=0, **given), tensors)
+        return _same(store, features, facts, where)
     lm = facts["kind"] in ("lm", "tuned")
     # Students made before e h^T was a feature have no `side`.
     sided = {"kind": facts["kind"], "side": facts.get("side", 0)} if lm else {}
-    features = load_lm(where, **sided, **given) if lm else load_encoder(where, **given)
+    return _same(store, load_lm(where, **sided, **given) if lm else load_encoder(where, **given), facts, where)
+
+
+def _same(store: Store, features: Features, facts: dict[str, Any], where: str) -> Features:
+    """The features, if they are those of the facts."""
     if features.facts != facts:
         name = next(name for name in facts if features.facts.get(name) != facts[name])
         raise MismatchError(
@@ -187,7 +195,7 @@ def read_labels(store: Store, student: str) -> Labels | None:
     return Labels(hashes, tensors["values"].numpy().copy(), tensors["held"].numpy().astype(bool))
 
 
-def save_model(features: LanguageModel, store: Store) -> list[str]:
+def save_model(features: LanguageModel | tangent.Tangent, store: Store) -> list[str]:
     """Put a small model that lies nowhere else into the student; the names of its files there."""
     with tempfile.TemporaryDirectory(prefix="influent-") as folder:
         cast(Any, features.model).save_pretrained(folder)

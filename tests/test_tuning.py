@@ -14,7 +14,8 @@ from influent.ridge import fit
 from influent.rng import Stream
 from influent.storage import Store
 from influent.student import open_student
-from influent.tuning import Recipe, tune
+from influent.training import Recipe
+from influent.tuning import tune
 
 
 def labelled(n=60):
@@ -98,8 +99,10 @@ def test_a_killed_run_goes_on_to_the_same_end(here, tmp_path):  # noqa: F811
 
 
 def test_a_student_of_it_carries_the_trained_model(here, tmp_path):  # noqa: F811
-    with pytest.raises(SpecError, match="epochs are for the rung tuned"):
+    with pytest.raises(SpecError, match="epochs is for the rungs tuned and tangent"):
         distill(here, str(tmp_path / "s"), rung="lm", epochs=2)
+    with pytest.raises(SpecError, match="rate is for the rungs tuned and tangent"):
+        distill(here, str(tmp_path / "s"), rung="lm", rate=1e-3)
     made = distill(here, str(tmp_path / "s"), rung="tuned", epochs=2, rate=1e-3, labels=60)
     assert [rung["rung"] for rung in made["rungs"]] == ["tuned"]
     assert made["baseline"] is not None
@@ -113,7 +116,7 @@ def test_a_student_of_it_carries_the_trained_model(here, tmp_path):  # noqa: F81
     assert np.isfinite(values).all()
     assert np.allclose(values, again, atol=1e-6)
     ladder = distill(here, str(tmp_path / "all"), epochs=1, labels=60)
-    assert [rung["rung"] for rung in ladder["rungs"]] == ["bm25", "tfidf", "lm", "tuned"]
+    assert [rung["rung"] for rung in ladder["rungs"]] == ["bm25", "tfidf", "lm", "tuned", "tangent"]
 
 
 def test_mistakes_are_named(here, tmp_path):  # noqa: F811
