@@ -2,8 +2,8 @@
 
 Nanoseconds of CPU time per row and query, one thread, the least of several repeats. `between` puts a query's matrix
 between a row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K, `chosen` is what `score` would take. Of
-dense rows: nanoseconds per number and per stored byte, `score N` for N queries on the integer codes where a codec has
-them, `unpack N` through float32.
+dense rows, as many bytes of each codec: nanoseconds per number and per stored byte for N queries, `unpack N` through
+float32, `digits N` and `compiled N` on the integer codes, and `score N` in the way that `score` chooses.
 `python benchmarks/kernels.py [--repeats 3]`
 """
 
@@ -17,18 +17,23 @@ from typing import Any
 import torch
 from environment import save
 
+from influent import compiled, digits
+from influent.asking import FETCH_NUMBERS
 from influent.codec import FLOATS, PER_BYTE, Codec
 from influent.coding import decode, encode
+from influent.digits import Digits
 from influent.gradients import LowRank, Row
-from influent.kernels import CHUNK_NUMBERS, Sums, _add_between, _add_cut, _add_whole, prepare
+from influent.kernels import CHUNK_NUMBERS, BlockQueries, Sums, _add_between, _add_cut, _add_whole, prepare
+from influent.products import Products
 
 QUERIES = (1, 4, 16, 64, 256)
 RANKS = (1, 4, 8)
 SHAPES = ((36, 36), (36, 96), (64, 64))
 CUTS = (4, 8)
 ROW_QUERIES = 1 << 15  # scores made by one timed call, at most
-CHUNK, WIDTH, NUMBERS = 512, 4096, 1 << 22  # rows at a time as score cuts them
-CODEC_QUERIES = (1, 16)
+WIDTH, ROW_BYTES = 4096, 1 << 23
+BITS, DECODE = (*FLOATS, *PER_BYTE), "decode_ns_per_number"
+CODEC_QUERIES = (1, 4, 16, 64)
 
 
 def main() -> None:
@@ -38,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     grid = itertools.product(SHAPES, RANKS, QUERIES)
     rows = [kernels(shape, rank, queries, repeats) for shape, rank, queries in grid]
-    decoded = [decoding(bits, repeats) for bits in (*FLOATS, *PER_BYTE)]
+    decoded = codecs(repeats)
     # Other work on the machine shows in the larger figures; the ratios of neighbours are what the switch rests on.
     save("kernels", {"load": os.getloadavg()[0], "kernels": rows, "decoding": decoded})
 
@@ -74,32 +79,59 @@ def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -
     return {"factors": list(shape), "rank": rank, "queries": num_queries, "ns": ns, "chosen": chosen}
 
 
-def decoding(bits: str, repeats: int) -> dict[str, Any]:
-    """Dense rows of one codec: unpacking alone, and scoring as it is done here ("score") and by unpacking."""
-    codec = Codec(None, bits)
-    tensors = encode(codec, torch.randn(NUMBERS // WIDTH, WIDTH), None, key="k").tensors
-    size = sum(x.numel() * x.element_size() for x in tensors.values())
+def codecs(repeats: int) -> list[dict[str, Any]]:
+    """Dense rows of each codec, as many bytes of each: unpacking alone, and scoring in each way that there is."""
+    found = [{"bits": bits, "bytes_per_number": 1 / PER_BYTE.get(bits, 1 / FLOATS.get(bits, 1))} for bits in BITS]
+    timed = [(into, *each) for into in found for each in ways(into["bits"])]
+    least_of = [float("inf")] * len(timed)
+    for _ in range(repeats + 1):  # in turn, so that other work on the machine meets all of them
+        for i, (_, _, call) in enumerate(timed):
+            start = time.process_time()
+            call()
+            least_of[i] = min(least_of[i], time.process_time() - start)
+    for (into, name, _), seconds in zip(timed, least_of, strict=True):
+        ns = 1e9 * seconds / ROW_BYTES
+        numbers = round(ns * into["bytes_per_number"], 3)
+        into[name] = numbers if name == DECODE else {"ns_per_number": numbers, "ns_per_byte": round(ns, 3)}
+    return found
 
-    def each(use: Callable[[Row], object]) -> float:
+
+def ways(bits: str) -> list[tuple[str, Callable[[], object]]]:
+    """What is timed of one codec: (name, call)."""
+    codec, size = Codec(None, bits), WIDTH * FLOATS[bits] if bits in FLOATS else WIDTH // PER_BYTE[bits]
+    num_rows = ROW_BYTES // size
+    some = encode(codec, torch.randn(256, WIDTH), None, key="k").tensors
+    tensors = {name: x.repeat(num_rows // 256, *[1] * (x.ndim - 1)) for name, x in some.items()}
+    step = FETCH_NUMBERS // (size if codec.packed else WIDTH)  # as score cuts them
+
+    def each(use: Callable[[Row, int], object]) -> Callable[[], None]:
         def run() -> None:
-            for lo in range(0, NUMBERS // WIDTH, CHUNK):
-                part = {name: x[lo : lo + CHUNK] for name, x in tensors.items()}
-                use(decode(codec, part, "k", WIDTH, None))
+            for lo in range(0, num_rows, step):
+                part = {name: x[lo : lo + step] for name, x in tensors.items()}
+                use(decode(codec, part, "k", WIDTH, None), lo)
 
-        return 1e9 * least(run, repeats)
+        return run
 
-    found: dict[str, Any] = {"bits": bits, "bytes_per_number": round(size / NUMBERS, 4)}
-    found["decode_ns_per_number"] = round(each(lambda row: row.to(torch.float32)) / NUMBERS, 3)
+    def numbers(row: Row, lo: int) -> None:
+        for at in range(0, len(row), CHUNK_NUMBERS // WIDTH):
+            row[at : at + CHUNK_NUMBERS // WIDTH].to(torch.float32)
+
+    found: list[tuple[str, Callable[[], object]]] = [(DECODE, each(numbers))]
     for num_queries in CODEC_QUERIES:
-        q, into = torch.randn(num_queries, WIDTH), torch.zeros(num_queries, CHUNK, dtype=torch.float64)
-        ways = {"unpack": prepare(q, None, None)}
+        q, scores = torch.randn(num_queries, WIDTH), torch.zeros(num_queries, num_rows, dtype=torch.float64)
+        asked = {"unpack": prepare(q, None, None)}
         if codec.packed:
-            ways["score"] = prepare(q, None, None, bits=bits)
-        for name, asked in ways.items():
-            ns = each(lambda row, asked=asked, into=into: asked.add(Sums(into), row))
-            found[f"{name} {num_queries}"] = {
-                "ns_per_number": round(ns / NUMBERS, 3), "ns_per_byte": round(ns / size, 3)
-            }  # fmt: skip
+            asked["score"] = prepare(q, None, None, bits=bits)
+            if digits.usable():
+                asked["digits"] = BlockQueries(q, coded=Digits.of(q, bits))
+            if compiled.usable():
+                asked["compiled"] = BlockQueries(q, coded=Products.of(q, bits))
+        for name, way in asked.items():
+
+            def add(row: Row, lo: int, way: BlockQueries = way, scores: torch.Tensor = scores) -> None:
+                way.add(Sums(scores[:, lo : lo + len(row)]), row)
+
+            found.append((f"{name} {num_queries}", each(add)))
     return found
 
 

@@ -15,7 +15,7 @@ from .gradients import Flat, LowRank, Packed, Row
 from .gram import RowSource, Shard
 from .kernels import BlockQueries, Sums, prepare
 
-FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32, or views of the file
+FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32, or views of the file; bytes of codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +57,8 @@ def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> Blo
         case LowRank(u=u, v=v):
             factors = (v.shape[2], u.shape[2])
             width = u.shape[1] * sum(factors)
-        case Packed(bits=bits):
-            coded = bits
+        case Packed(codes=codes, bits=bits):
+            coded, width = bits, codes.shape[1]
     return Block(key, prepare(q, factors, query_rank, bits=coded), max(1, FETCH_NUMBERS // max(1, width)))
 
 

@@ -6,8 +6,9 @@ of codes with digits are sums of integers, hence exact whatever the rows come wi
 the time of unpacking to float32 (one core with AMX: benchmarks/results/kernels.json).
 
 `torch._int_mm` is the only product of 8-bit integers that PyTorch has on a CPU. It is not public, and without vector
-instructions for it oneDNN's reference is slow: `usable` says where it is taken. Elsewhere kernels.py unpacks the rows;
-the scores are the same up to rounding. A CUDA query is scored on the CPU too, as all rows are.
+instructions for it oneDNN's reference is slow: `usable` says where it is taken. Compiled loops (products.py) are faster
+for few queries; where there is neither, kernels.py unpacks the rows. The scores are the same up to rounding. A CUDA
+query is scored on the CPU too, as all rows are.
 """
 
 from collections.abc import Callable, Sequence

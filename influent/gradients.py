@@ -169,7 +169,12 @@ class Packed:
 
     def squares(self) -> Float[Tensor, " B"]:
         """Squared norms, as a flat row's."""
-        return Flat(self.flat()).squares()
+        step = max(1, _UNPACKED // max(1, self.width))
+        pieces = [self[lo : lo + step] for lo in range(0, max(1, len(self)), step)]
+        return torch.cat([Flat(piece.flat()).squares() for piece in pieces])
+
+
+_UNPACKED = 1 << 19  # numbers of packed rows that are unpacked at a time where the rows are not asked for
 
 
 Row = Flat | LowRank | Packed  # a stored row of one block

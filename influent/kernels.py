@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import compiled, digits
 from .codec import Factors
-from .digits import NARROWEST, Digits, usable
+from .digits import Digits
 from .gradients import LowRank, Packed, Row
+from .products import Products, fits
 from .truncate import truncate
 
 CHUNK_NUMBERS = 1 << 19  # numbers of a block held at once: 2 MiB of float32, which the matrix product finds in cache
@@ -25,6 +27,10 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
 # pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
+
+# The most queries for which compiled loops are faster than digits, where those are fast, and than unpacking.
+FEW = {"int8": 3, "int4": 32, "sign": 128}
+SOME = {"int8": 32, "int4": 64, "sign": 1 << 30}
 
 Scores = Float[Tensor, "Q n"]
 
@@ -69,15 +75,15 @@ class BlockQueries:
     whole: Float[Tensor, "Q K"]
     cut: LowRank | None = None  # u [Q, k, b], v [Q, k, a]
     captured: Float[Tensor, " Q"] | None = None
-    digits: Digits | None = None  # for packed rows, where their products are fast
+    coded: Products | Digits | None = None  # for packed rows, where products with codes are fast
 
     def __len__(self) -> int:
         return self.whole.shape[0]
 
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
-        if isinstance(row, Packed) and self.digits is not None and self.digits.bits == row.bits:
-            self.digits.add(sums.scores, row)
+        if isinstance(row, Packed) and self.coded is not None and self.coded.bits == row.bits:
+            self.coded.add(sums.scores, row)
             return
         if not isinstance(row, LowRank):
             kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
@@ -122,12 +128,21 @@ def prepare(
     are those of dense rows in codes."""
     q = q.detach().cpu().float()
     if bits is not None:
-        return BlockQueries(q, digits=Digits.of(q, bits) if usable() and q.shape[1] >= NARROWEST else None)
+        return BlockQueries(q, coded=_coded(q, bits))
     if rank is None or factors is None or rank * sum(factors) >= q.shape[1]:
         return BlockQueries(q)
     cut = truncate(q.unflatten(1, factors), rank)
     pairs = LowRank(cut.pairs.u * cut.sigma[..., None], cut.pairs.v)
     return BlockQueries(pairs.flat(), pairs, cut.captured)
+
+
+def _coded(q: Float[Tensor, "Q K"], bits: str) -> Products | Digits | None:
+    """How rows in codes are multiplied without unpacking them to memory; None where that is the fastest."""
+    by_digits = digits.usable() and q.shape[1] >= digits.NARROWEST
+    most = (FEW if by_digits else SOME)[bits]
+    if compiled.usable() and fits(q.shape[1], bits) and len(q) <= most:
+        return Products.of(q, bits)
+    return Digits.of(q, bits) if by_digits else None
 
 
 def _add_whole(scores: Scores, row: Row, q: Float[Tensor, "Q K"]) -> None:

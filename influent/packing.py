@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 
+from . import compiled
+
 
 def pack(codes: Int8[Tensor, "*n L"], bits: str) -> Int8[Tensor, "*n L"] | UInt8[Tensor, "*n p"]:
     """Codes as stored bytes; those of `sign` are +1 and -1."""
@@ -35,6 +37,8 @@ def unpack(packed: Int8[Tensor, "*n L"] | UInt8[Tensor, "*n p"], bits: str, leng
     shifts 0.47 and by a table of pairs 0.75, sign by a table of eights 0.51 and by shifts 0.65."""
     if bits == "int8":
         return packed.float()
+    if packed.device.type == "cpu" and compiled.usable():
+        return compiled.unpack(packed, bits, length)
     if bits == "int4":
         half = packed.shape[-1]
         out = torch.empty((*packed.shape[:-1], length), device=packed.device)

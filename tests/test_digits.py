@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from influent import digits, kernels
+from influent import compiled, digits
 from influent.codec import Codec
 from influent.coding import decode, encode
 from influent.digits import Digits, usable
@@ -82,11 +82,12 @@ def test_rows_of_zeros_and_queries_of_zeros_score_zero(bits):
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4", "sign"])
-def test_blocks_of_a_few_numbers_are_unpacked(bits):
+def test_blocks_of_a_few_numbers_are_unpacked(bits, monkeypatch):
+    monkeypatch.setattr(compiled, "usable", lambda: False)
     for width in (1, 2, 15):
         row, q = packed(bits, 4, width), asked(2, width)
         asking, scores = prepare(q, None, None, bits=bits), torch.zeros(2, 4, dtype=torch.float64)
-        assert asking.digits is None
+        assert asking.coded is None
         asking.add(Sums(scores), row)
         assert float(errors(q, row, scores).max()) < 1e-6
 
@@ -94,9 +95,10 @@ def test_blocks_of_a_few_numbers_are_unpacked(bits):
 @pytest.mark.parametrize("bits", ["int8", "int4", "sign"])
 def test_a_machine_without_integer_products_unpacks(bits, monkeypatch):
     row, q = packed(bits, 11, 100), asked(3, 100)
-    monkeypatch.setattr(kernels, "usable", lambda: False)
+    monkeypatch.setattr(compiled, "usable", lambda: False)
+    monkeypatch.setattr(digits, "usable", lambda: False)
     asking = prepare(q, None, None, bits=bits)
-    assert asking.digits is None
+    assert asking.coded is None
     scores = torch.zeros(3, 11, dtype=torch.float64)
     asking.add(Sums(scores), row)
     assert float(errors(q, row, scores).max()) < 1e-6

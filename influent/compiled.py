@@ -1,0 +1,74 @@
+"""Loops of loops.py, compiled in memory for the machine at hand when llvmlite (`influent[fast]`) is installed.
+
+Where it is not, `usable` says so, and whoever asks takes PyTorch instead: the numbers are the same up to rounding.
+A loop takes 20 to 60 ms to compile, once a process; nothing is left on disk. Here tensors become addresses, so here,
+too, is what makes sure that they are what the loop takes them for. Not here: what the loops are for (kernels.py,
+products.py, packing.py).
+"""
+
+import ctypes
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# The arguments of each loop: p for an address, n for a number.
+_ARGUMENTS = {"product": "pnnnnnppn", "unpack": "pnnnp"}
+
+
+@lru_cache(maxsize=1)
+def usable() -> bool:
+    """Whether loops can be compiled here."""
+    if sys.byteorder != "little" or importlib.util.find_spec("llvmlite") is None:
+        return False
+    try:
+        from llvmlite import binding  # pyright: ignore[reportMissingImports]
+
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        binding.get_host_cpu_features()
+    except (ImportError, OSError, RuntimeError) as e:
+        log.warning("llvmlite is installed but cannot be used, so packed rows are scored more slowly: %s", e)
+        return False
+    return True
+
+
+@cache
+def loop(name: str, *options: str | int) -> Callable[..., None]:
+    """The compiled function `name` of loops.py, which says what its arguments are; only where `usable`."""
+    assert usable()
+    from llvmlite import binding  # pyright: ignore[reportMissingImports]
+
+    from . import loops
+
+    module = binding.parse_assembly(getattr(loops, name)(*options))
+    module.verify()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+    )
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in _ARGUMENTS[name]]
+    function: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
+    function.engine = engine  # which owns the code
+    return function
+
+
+def unpack(codes: Int8[Tensor, "*n p"] | UInt8[Tensor, "*n p"], bits: str, length: int) -> Float[Tensor, "*n {length}"]:
+    """The codes of rows of `length` numbers as float32."""
+    assert codes.device.type == "cpu"
+    codes = codes.contiguous()
+    size = codes.shape[-1]
+    out = torch.empty((*codes.shape[:-1], length), dtype=torch.float32)
+    if out.numel():
+        loop("unpack", bits)(codes.data_ptr(), size, codes.numel() // size, length, out.data_ptr())
+    return out

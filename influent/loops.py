@@ -1,0 +1,197 @@
+"""Loops over stored rows as LLVM code, for vectors of sixteen numbers; LLVM cuts those to what the machine has.
+
+The order of the sums is the code's, whatever the machine and whatever rows come together: sixteen lanes and a few
+accumulators a row, added in pairs at last. Here is what is compiled; compiled.py has it compiled and calls it. This
+module needs llvmlite, so nothing but compiled.py imports it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir  # pyright: ignore[reportMissingImports]
+
+LANES = 16
+STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row that are read at once
+PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
+
+Value = Any  # llvmlite has no types
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32, F64 = ir.FloatType(), ir.DoubleType()
+ZERO = ir.Constant(ir.VectorType(F32, LANES), [0.0] * LANES)
+
+
+def product(bits: str, tile: int, unroll: int) -> str:
+    """The module of a function that adds <codes of a row, query> to out for each row and each of `tile` queries.
+
+    (codes, bytes from row to row, rows, trips, rest, tail, q, out, numbers from query to query in out): of a row
+    `trips` times `unroll` steps are read, then `rest` steps, then, unless `tail` is negative, the one that starts
+    there. `q` has for each step its planes, each with sixteen float32 for each query. Of signs the sum is over the set
+    bits alone.
+    """
+    fn, b = _function("product", [_at(I8), I64, I64, I64, I64, I64, _at(F32), _at(F64), I64])
+    codes, stride, n, trips, rest, tail, q, out, apart = fn.args
+    planes, each = PLANES[bits], unroll * PLANES[bits]  # accumulators of one query
+    with _loop(b, fn, n) as number:
+        row = b.gep(codes, [b.mul(stride, number)])
+        state = [_int(0), q, *[ZERO] * (tile * each)]
+        for count, steps, where in ((trips, unroll, None), (rest, 1, None), (_not_negative(b, tail), 1, tail)):
+
+            def body(state: list[Value], steps: int = steps, where: Value = where) -> list[Value]:
+                at, asked, *sums = state
+                first = at if where is None else where
+                for step in range(steps):
+                    decoded = _decode(b, row, b.add(first, _int(step * STEP[bits])), bits)
+                    for plane, x in enumerate(decoded):
+                        for query in range(tile):
+                            y = _load(b, asked, F32, _int(((step * planes + plane) * tile + query) * LANES), align=4)
+                            k = query * each + step * planes + plane
+                            sums[k] = _accumulate(b, sums[k], x, y)
+                after = b.gep(asked, [_int(steps * planes * tile * LANES)])
+                return [b.add(at, _int(steps * STEP[bits])), after, *sums]
+
+            state = _repeat(b, fn, count, state, body)
+        for query in range(tile):
+            place = b.gep(out, [b.add(b.mul(apart, _int(query)), number)])
+            total = _total(b, state[2 + query * each : 2 + (query + 1) * each])
+            b.store(b.fadd(b.load(place), total), place)
+    return _finished(b)
+
+
+def unpack(bits: str) -> str:
+    """The module of a function that writes the codes of rows as float32.
+
+    (codes, bytes of a row, rows, numbers of a row, out)
+    """
+    fn, b = _function("unpack", [_at(I8), I64, I64, I64, _at(F32)])
+    codes, size, n, length, out = fn.args
+    step, planes = STEP[bits], PLANES[bits]
+    with _loop(b, fn, n) as row:
+        here, there = b.gep(codes, [b.mul(row, size)]), b.gep(out, [b.mul(row, length)])
+        # Whole steps that end within the row: an odd number of int4 leaves half of the last byte without a number.
+        per = LANES * planes // step
+        whole = b.sdiv(b.sdiv(length, _int(per)), _int(step))
+        with _loop(b, fn, whole) as i:
+            at = b.mul(i, _int(step))
+            for plane, x in enumerate(_decode(b, here, at, bits)):
+                if x.type.element == I1:
+                    x = b.select(x, _all(F32, -1.0), _all(F32, 1.0))
+                to = b.add(b.mul(i, _int(LANES)), b.mul(size, _int(plane)))
+                b.store(x, b.bitcast(b.gep(there, [to]), _at(ir.VectorType(F32, LANES))), align=4)
+        for plane in range(planes):
+            end = length if planes == 1 else size if plane == 0 else b.sub(length, size)
+            done = b.mul(whole, _int(LANES))
+            with _loop(b, fn, b.sub(end, done)) as i:
+                number = b.add(done, i)
+                x = _one(b, here, number, bits, plane)
+                b.store(x, b.gep(there, [b.add(number, b.mul(size, _int(plane)))]), align=4)
+    return _finished(b)
+
+
+def _decode(b: Value, row: Value, at: Value, bits: str) -> list[Value]:
+    """The planes of the step that starts at byte `at`: float32, or of signs what bits are set."""
+    if bits == "sign":
+        return [b.bitcast(b.load(b.bitcast(b.gep(row, [at]), _at(I16)), align=1), ir.VectorType(I1, LANES))]
+    numbers = ir.VectorType(F32, LANES)
+    x = b.sext(_load(b, row, I8, at, align=1), ir.VectorType(I32, LANES))
+    if bits == "int8":
+        return [b.sitofp(x, numbers)]
+    low = b.ashr(b.shl(x, _all(I32, 28)), _all(I32, 28))
+    return [b.sitofp(low, numbers), b.sitofp(b.ashr(x, _all(I32, 4)), numbers)]
+
+
+def _one(b: Value, row: Value, number: Value, bits: str, plane: int) -> Value:
+    """One number of a plane, float32."""
+    byte = b.lshr(number, _int(3)) if bits == "sign" else number
+    x = b.sext(b.load(b.gep(row, [byte])), I32)
+    if bits == "sign":
+        bit = b.and_(b.lshr(x, b.trunc(b.and_(number, _int(7)), I32)), ir.Constant(I32, 1))
+        return b.sitofp(b.sub(ir.Constant(I32, 1), b.shl(bit, ir.Constant(I32, 1))), F32)
+    if bits == "int4":
+        x = b.ashr(x if plane else b.shl(x, ir.Constant(I32, 28)), ir.Constant(I32, 4 if plane else 28))
+    return b.sitofp(x, F32)
+
+
+def _accumulate(b: Value, total: Value, x: Value, y: Value) -> Value:
+    """total + x y, or where x are bits, total + y where they are set: one instruction each where the machine has it."""
+    if x.type.element == I1:
+        return b.select(x, b.fadd(total, y), total)
+    return b.fadd(total, b.fmul(x, y, flags=["contract"]), flags=["contract"])
+
+
+def _total(b: Value, parts: Sequence[Value]) -> Value:
+    """The sum of all lanes, float64 of a float32 sum: halves are added to halves."""
+    parts = list(parts)
+    while len(parts) > 1:
+        parts = [b.fadd(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
+    x, lanes = parts[0], LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(lo, lo + lanes))) for lo in (0, lanes)]
+        low, high = (b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves)
+        x = b.fadd(low, high)
+    return b.fpext(b.extract_element(x, ir.Constant(I32, 0)), F64)
+
+
+@contextmanager
+def _loop(b: Value, fn: Value, count: Value) -> Iterator[Value]:
+    """`with _loop(...) as i`: what follows is done for i = 0 to count - 1."""
+    before = b.block
+    head, body, end = (fn.append_basic_block() for _ in range(3))
+    b.branch(head)
+    b.position_at_end(head)
+    i = b.phi(I64)
+    b.cbranch(b.icmp_signed("<", i, count), body, end)
+    b.position_at_end(body)
+    yield i
+    i.add_incoming(_int(0), before)
+    i.add_incoming(b.add(i, _int(1)), b.block)
+    b.branch(head)
+    b.position_at_end(end)
+
+
+def _repeat(b: Value, fn: Value, count: Value, state: list[Value], body: Callable[[list[Value]], list[Value]]):
+    """The state after `count` times `body`, in registers all along."""
+    before = b.block
+    head, inside, end = (fn.append_basic_block() for _ in range(3))
+    b.branch(head)
+    b.position_at_end(head)
+    left, held = b.phi(I64), [b.phi(x.type) for x in state]
+    b.cbranch(b.icmp_signed(">", left, _int(0)), inside, end)
+    b.position_at_end(inside)
+    for phi, start, next_ in zip([left, *held], [count, *state], [b.sub(left, _int(1)), *body(held)], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(next_, b.block)
+    b.branch(head)
+    b.position_at_end(end)
+    return held
+
+
+def _function(name: str, types: Sequence[Value]) -> tuple[Value, Value]:
+    fn = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), types), name)
+    return fn, ir.IRBuilder(fn.append_basic_block())
+
+
+def _finished(b: Value) -> str:
+    b.ret_void()
+    return str(b.module)
+
+
+def _at(of: Value) -> Value:
+    return of.as_pointer()
+
+
+def _int(x: int) -> Value:
+    return ir.Constant(I64, x)
+
+
+def _all(of: Value, x: int | float) -> Value:
+    return ir.Constant(ir.VectorType(of, LANES), [x] * LANES)
+
+
+def _load(b: Value, pointer: Value, of: Value, offset: Value, *, align: int) -> Value:
+    return b.load(b.bitcast(b.gep(pointer, [offset]), _at(ir.VectorType(of, LANES))), align=align)
+
+
+def _not_negative(b: Value, x: Value) -> Value:
+    return b.zext(b.icmp_signed(">=", x, _int(0)), I64)
