@@ -109,7 +109,7 @@ class LanguageModel:
 
     def differentiable(self, rows: Sequence[Content]) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
         """The same as float64 tensors on the CPU, through which the model can be trained."""
-        queue = [(i, part) for i, row in enumerate(rows) for part in self.task.parts(row)]
+        queue = [(i, part) for i, parts in enumerate(self.task.each_parts(rows)) for part in parts]
         sums: Tensor | None = None
         counts = torch.zeros(len(rows), 2, dtype=torch.float64)  # tokens, target tokens
         for batch in pack(queue, self.token_budget):

@@ -153,7 +153,9 @@ def _predictions(
     inputs = task.collate(parts)
     ids, labels = (inputs[name].to(device_of(pupil)) for name in ("input_ids", "labels"))
     before: Bool[Tensor, "B T"] = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    tokens = len(task.tokenizer)  # either model may have more logits, to fill its vocabulary up: nobody says those
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits[before][:, :tokens].float().log_softmax(-1)
-    return wanted, pupil(input_ids=ids, use_cache=False).logits[before][:, :tokens].float().log_softmax(-1)
+        large = teacher(input_ids=ids, use_cache=False).logits[before].float()
+    small = pupil(input_ids=ids, use_cache=False).logits[before].float()
+    # Either may have more logits than there are tokens, to fill its vocabulary up: nobody says those.
+    size = min(large.shape[1], small.shape[1])
+    return large[:, :size].log_softmax(-1), small[:, :size].log_softmax(-1)

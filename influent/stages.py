@@ -43,6 +43,10 @@ def in_pieces(
 
 
 def clear(store: Store) -> None:
-    """Remove every stage."""
+    """Remove every stage, and on a local disk its folders."""
     for name in store.names():
         store.delete(name)
+    folder = store.local("")
+    if folder is not None and folder.is_dir():
+        for each in [*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder]:
+            each.rmdir()

@@ -86,7 +86,7 @@ class Tangent:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
         """Features [n, 4] and target tokens [n]; a row without one has zeros."""
-        queue = [(i, part) for i, row in enumerate(rows) for part in self.task.parts(row)]
+        queue = [(i, part) for i, parts in enumerate(self.task.each_parts(rows)) for part in parts]
         counts = torch.zeros(len(rows), dtype=torch.float64)
         sums = torch.zeros(len(rows), dtype=torch.float64)
         for batch in pack(queue, self.token_budget):

@@ -183,7 +183,22 @@ class CausalLM:
 
     def parts(self, example: Mapping[str, Any]) -> list[Part]:
         """Parts of a record that have at least one target token; none for a text of one token."""
-        ids, targets = self._tokens(example)
+        return self._cut(*self._tokens(example))
+
+    def each_parts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[Part]]:
+        """The parts of each record. Texts are tokenized together, which takes half the time of one by one."""
+        texts = [example["text"] for example in examples if "text" in example]
+        together = iter(self.tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else ())
+        out = []
+        for example in examples:
+            if "text" in example:
+                ids = list(next(together))
+                out.append(self._cut(ids, [True] * len(ids)))
+            else:
+                out.append(self.parts(example))
+        return out
+
+    def _cut(self, ids: list[int], targets: list[bool]) -> list[Part]:
         total = sum(targets[1:])
         out = []
         for start in range(0, max(len(ids) - 1, 1), self.max_length - 1):
@@ -258,13 +273,16 @@ class CausalLM:
         """
         longest = max(part.length for part in parts)
         # Nothing that is scored sees the padding, so any id will do; the tokenizer's own may lie beyond the embedding.
-        ids = torch.zeros(len(parts), longest, dtype=torch.int64)
-        labels = torch.full((len(parts), longest), IGNORED)
+        ids = np.zeros((len(parts), longest), dtype=np.int64)
+        targets = np.zeros((len(parts), longest), dtype=bool)
         for row, part in enumerate(parts):
             piece, wanted, _ = part.inputs
-            ids[row, : len(piece)] = torch.tensor(piece)
-            labels[row, : len(piece)] = torch.where(torch.tensor(wanted), ids[row, : len(piece)], IGNORED)
-        return {"input_ids": ids, "labels": labels, "weight": torch.tensor([part.inputs[2] for part in parts])}
+            ids[row, : len(piece)], targets[row, : len(piece)] = piece, wanted
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(np.where(targets, ids, IGNORED)),
+            "weight": torch.tensor([part.inputs[2] for part in parts]),
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
         """Cross-entropy summed over each row's target tokens (times its weight)."""

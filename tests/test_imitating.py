@@ -51,10 +51,25 @@ def test_it_comes_closer_on_texts_left_out_and_is_a_model_like_any(models, tmp_p
     assert load_lm(str(tmp_path / "a"), token_budget=64, device="cpu")(TEXTS[:2])[0].shape[0] == 2
 
 
+def test_vocabularies_may_be_filled_up_to_other_widths(models, tmp_path: Path, monkeypatch):
+    small, large = models
+    wide, tokenizer = loading.load(small, dtype="float32", device="cpu")
+    wide.resize_token_embeddings(416)
+    wide.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    found = imitate(str(tmp_path / "wide"), large, TEXTS, out=str(tmp_path / "a"), batch=8, device="cpu")
+    assert found["after"] < found["before"]
+    monkeypatch.setattr("influent.imitating.PIECE", 1)  # a part at a time
+    again = imitate(str(tmp_path / "wide"), large, TEXTS, out=str(tmp_path / "b"), batch=8, device="cpu")
+    assert again["after"] == pytest.approx(found["after"], rel=1e-4)
+
+
 def test_what_cannot_be_imitated_is_refused(models, tmp_path: Path):
     small, large = models
     with pytest.raises(SpecError, match="is there already"):
         imitate(small, large, TEXTS, out=str(tmp_path))
+    with pytest.raises(SpecError, match="batch is 0"):
+        imitate(small, large, TEXTS, out=str(tmp_path / "c"), batch=0)
     with pytest.raises(DataError, match="too few"):
         imitate(small, large, TEXTS[:1], out=str(tmp_path / "c"), device="cpu")
     other = make_model(tmp_path / "other", width=8)

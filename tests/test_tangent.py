@@ -103,7 +103,7 @@ def test_a_student_of_it_is_whole_and_appraises(here, tmp_path):  # noqa: F811
     assert made["baseline"] is not None
     ratio = made["cost"]["ratio"]
     assert made["cost"]["break_even_rows"] == int(np.ceil(105 * ratio / (ratio - 1)))
-    assert not Store(str(tmp_path / "s")).names("making/")
+    assert not (tmp_path / "s" / "making").exists()
     (tmp_path / "s").rename(tmp_path / "moved")
     assert influent.verify(str(tmp_path / "moved")) == {"ok": True, "errors": []}
     rows = [{"text": json.loads(line)["text"]} for line in (here / "offer.jsonl").read_text().splitlines()[:7]]
