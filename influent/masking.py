@@ -349,17 +349,34 @@ def _write_all(
     )
     (kept,) = found.kept
     kept = torch.arange(joined.widths[0]) if kept is None else kept
-    first, parts = 0, {}
-    for block in blocks:
-        parts[block.name] = kept[(kept >= first) & (kept < first + block.width)] - first
-        first += block.width
-    if empty := [name for name, part in parts.items() if not len(part)]:
-        raise SpecError(
-            f"{writer.store}: a mask of {len(kept)} entries over all layers keeps none of {empty[0]}; raise --size, or "
-            "--exclude it"
-        )
-    for name, part in parts.items():
+    energy = joined.g.square().mean(dim=0).cpu()
+    parts = divided(kept, [block.width for block in blocks], energy)
+    named = zip((block.name for block in blocks), parts, strict=True)
+    for name, part in named:
         _put(writer, name, {"flat": part}, found)
+
+
+def divided(kept: Tensor, widths: Sequence[int], energy: Tensor) -> list[Tensor]:
+    """What a mask over all blocks keeps of each, [k] of entries end to end into one ascending part a block.
+
+    A block of which it keeps nothing gets its entry of most energy, in the place of the kept one of least energy whose
+    block keeps another: a block without entries would have no rows, and one in some thousands is no loss.
+    """
+    block_of = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    kept, counts = kept.clone(), torch.bincount(block_of[kept], minlength=len(widths))
+    first = [0, *torch.tensor(widths).cumsum(0).tolist()]
+    for block in (counts == 0).nonzero().flatten().tolist():
+        spare = (counts[block_of[kept]] > 1).nonzero().flatten()
+        if not len(spare):
+            raise SpecError(
+                f"mask: {len(kept)} entries over {len(widths)} layers are too few for one each; raise --size"
+            )
+        place = spare[energy[kept[spare]].argmin()]
+        counts[block_of[kept[place]]] -= 1
+        counts[block] = 1
+        kept[place] = first[block] + energy[first[block] : first[block + 1]].argmax()
+    kept = kept.sort().values
+    return [kept[(kept >= lo) & (kept < hi)] - lo for lo, hi in zip(first, first[1:], strict=False)]
 
 
 def _put(writer: ArtifactWriter, name: str, tensors: dict[str, Tensor], found: Found) -> None:

@@ -272,3 +272,13 @@ def test_the_command_learns_a_mask_of_a_language_model(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["compress"] == "select:8x8 | sjlt:16"
     assert run([*use[:-1], "select:nowhere"]) == 2
     assert "not an influent mask" in capsys.readouterr().err
+
+
+def test_a_mask_over_all_layers_keeps_an_entry_of_each():
+    energy = torch.tensor([5.0, 4.0, 3.0, 1.0, 2.0, 0.5, 0.1])
+    parts = masking.divided(torch.tensor([0, 1, 2]), [3, 2, 2], energy)
+    assert [part.tolist() for part in parts] == [[0], [1], [0]]  # entries 2 and 1 gave way, the strongest stayed
+    untouched = masking.divided(torch.tensor([1, 4, 6]), [3, 2, 2], energy)
+    assert [part.tolist() for part in untouched] == [[1], [1], [1]]
+    with pytest.raises(SpecError, match="2 entries over 3 layers"):
+        masking.divided(torch.tensor([0, 1]), [3, 2, 2], energy)
