@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import NumericsError
-from .gradients import Flat, LowRank, Packed, Row
+from .gradients import Flat, LowRank, Packed, PackedPairs, Row
 from .gram import RowSource, Shard
 from .kernels import BlockQueries, Sums, prepare
 
@@ -57,6 +57,9 @@ def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> Blo
         case LowRank(u=u, v=v):
             factors = (v.shape[2], u.shape[2])
             width = u.shape[1] * sum(factors)
+        case PackedPairs(u=u, factors=(a, b)):
+            factors = (a, b)
+            width = u.shape[1] * (a + b)
         case Packed(codes=codes, bits=bits):
             coded, width = bits, codes.shape[1]
     return Block(key, prepare(q, factors, query_rank, bits=coded), max(1, FETCH_NUMBERS // max(1, width)))
@@ -80,5 +83,7 @@ def _numbers(row: Row) -> list[Tensor]:
             return [g]
         case Packed(scale=scale):
             return [scale[:, None]]
+        case PackedPairs(scale=scale):
+            return [scale]
         case LowRank(u=u, v=v):
             return [u, v]

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .codec import Codec, Factors
 from .errors import NumericsError
-from .gradients import Flat, LowRank, Packed, Row
-from .packing import pack, pack_bits, unpack
+from .gradients import Flat, LowRank, Packed, PackedPairs, Row
+from .packing import pack, pack_bits
 from .truncate import truncate
 
 # What the largest code may stand for, as shares of the largest number: the best is taken, row by row and side by side.
@@ -93,8 +93,7 @@ _ANY = "blocks of one shape"
 
 
 def decode(codec: Codec, tensors: Mapping[str, Tensor], key: str, width: int, factors: Factors | None) -> Row:
-    """Rows of block `key` from its stored tensors, or from slices of them along the rows: the tensors themselves for
-    floats and for dense codes, float32 for pairs of codes."""
+    """Rows of block `key` from its stored tensors, or from slices of them along the rows: the tensors themselves."""
     if codec.stored_rank(factors) is None or factors is None:
         if not codec.packed:
             return Flat(tensors[key])
@@ -102,9 +101,7 @@ def decode(codec: Codec, tensors: Mapping[str, Tensor], key: str, width: int, fa
     u, v = tensors[f"{key}.u"], tensors[f"{key}.v"]
     if not codec.packed:
         return LowRank(u, v)
-    a, b = factors
-    scale = tensors[f"{key}.scale"].float()[:, :, None]
-    return LowRank(unpack(u, codec.bits, b).mul_(scale), unpack(v, codec.bits, a))
+    return PackedPairs(u, v, tensors[f"{key}.scale"], codec.bits, factors)
 
 
 def _quantise(sides: list[Tensor], sigma: Tensor | None, bits: str, key: str) -> tuple[list[Tensor], Tensor]:

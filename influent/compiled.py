@@ -21,7 +21,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 # The arguments of each loop: p for an address, n for a number.
-_ARGUMENTS = {"product": "pnnnnnppn", "unpack": "pnnnp"}
+_ARGUMENTS = {"product": "pnnnnnppn", "between": "pnpnnpnnnpnp", "unpack": "pnnnp"}
 
 
 @lru_cache(maxsize=1)

@@ -177,7 +177,49 @@ class Packed:
 _UNPACKED = 1 << 19  # numbers of packed rows that are unpacked at a time where the rows are not asked for
 
 
-Row = Flat | LowRank | Packed  # a stored row of one block
+@dataclass(frozen=True, slots=True)
+class PackedPairs:
+    """Pairs in integer codes, sum_r scale_r (code of v_r) (x) (code of u_r), unpacked by whoever wants numbers."""
+
+    u: Int8[Tensor, "B R P"] | UInt8[Tensor, "B R P"]
+    v: Int8[Tensor, "B R S"] | UInt8[Tensor, "B R S"]
+    scale: Float[Tensor, "B R"]
+    bits: str
+    factors: tuple[int, int]  # numbers of v_r and of u_r
+
+    def __len__(self) -> int:
+        return self.u.shape[0]
+
+    def __getitem__(self, rows: slice) -> "PackedPairs":
+        return PackedPairs(self.u[rows], self.v[rows], self.scale[rows], self.bits, self.factors)
+
+    def pairs(self) -> LowRank:
+        """The pairs as float32, the scale in u."""
+        a, b = self.factors
+        u = unpack(self.u, self.bits, b).mul_(self.scale.float()[:, :, None])
+        return LowRank(u, unpack(self.v, self.bits, a))
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same pairs as numbers of `dtype`."""
+        return self.pairs().to(dtype)
+
+    def flat(self) -> Float[Tensor, "B K"]:
+        return self.pairs().flat()
+
+    def columns(self, lo: int, hi: int) -> Float[Tensor, "B k"]:
+        """The columns lo..hi-1 of `flat()`."""
+        return self.pairs().columns(lo, hi)
+
+    def dot(self, q: Float[Tensor, "Q K"]) -> Float[Tensor, "Q B"]:
+        """Inner products with flat query vectors, as `LowRank.dot`."""
+        return self.pairs().dot(q)
+
+    def squares(self) -> Float[Tensor, " B"]:
+        """Squared norms, as those of the pairs."""
+        return self.pairs().squares()
+
+
+Row = Flat | LowRank | Packed | PackedPairs  # a stored row of one block
 Grad = Outer | Flat
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import NumericsError
-from .gradients import LowRank, Row
+from .gradients import LowRank, PackedPairs, Row
 from .storage import Store
 
 Matrix = Float[Tensor, "m m"]
@@ -135,7 +135,7 @@ class BlockRows:
 
 def _exact(rows: Row) -> Row:
     """Factors are multiplied in float64; a flat row is converted by the copy that follows."""
-    return rows.to(torch.float64) if isinstance(rows, LowRank) else rows
+    return rows.to(torch.float64) if isinstance(rows, LowRank | PackedPairs) else rows
 
 
 def gram(rows: BlockRows) -> Matrix:

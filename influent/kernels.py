@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import compiled, digits
+from . import compiled, digits, pairproducts
 from .codec import Factors
 from .digits import Digits
-from .gradients import LowRank, Packed, Row
+from .gradients import LowRank, Packed, PackedPairs, Row
 from .products import Products, fits
 from .truncate import truncate
 
@@ -27,6 +27,7 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
 # pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
+LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
 
 # The most queries for which compiled loops are faster than digits, where those are fast, and than unpacking.
 FEW = {"int8": 3, "int4": 32, "sign": 128}
@@ -85,10 +86,12 @@ class BlockQueries:
         if isinstance(row, Packed) and self.coded is not None and self.coded.bits == row.bits:
             self.coded.add(sums.scores, row)
             return
-        if not isinstance(row, LowRank):
-            kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
-        else:
+        if isinstance(row, PackedPairs):
+            kernel, held = self._cheapest(row.u.shape[1], *row.factors, loops=_loops(row.factors))
+        elif isinstance(row, LowRank):
             kernel, held = self._cheapest(row.u.shape[1], row.v.shape[2], row.u.shape[2])
+        else:
+            kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
         step = max(1, CHUNK_NUMBERS // max(1, held))
         if step >= len(row):
             self._add(kernel, sums, row)
@@ -99,7 +102,10 @@ class BlockQueries:
             part.close()
 
     def _add(self, kernel: str, sums: "Sums", row: Row) -> None:
-        if isinstance(row, LowRank):
+        if kernel == "loop" and isinstance(row, PackedPairs):
+            sums.scores.add_(pairproducts.between(row, self.whole.unflatten(1, row.factors)))
+            return
+        if isinstance(row, LowRank | PackedPairs):
             row = row.to(torch.float32)
         if kernel == "cut" and isinstance(row, LowRank) and self.cut is not None:
             _add_cut(sums.scores, row, self.cut)
@@ -108,10 +114,12 @@ class BlockQueries:
         else:
             _add_whole(sums.scores, row, self.whole)
 
-    def _cheapest(self, c: int, a: int, b: int) -> tuple[str, int]:
-        """The kernel for rows of c pairs of such sides, and how many numbers it holds for each."""
+    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False) -> tuple[str, int]:
+        """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
+        pairs in codes can stay as they are."""
         ways = [
             (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
+            *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
         if self.cut is not None:
@@ -134,6 +142,10 @@ def prepare(
     cut = truncate(q.unflatten(1, factors), rank)
     pairs = LowRank(cut.pairs.u * cut.sigma[..., None], cut.pairs.v)
     return BlockQueries(pairs.flat(), pairs, cut.captured)
+
+
+def _loops(factors: Factors) -> bool:
+    return compiled.usable() and pairproducts.fits(factors)
 
 
 def _coded(q: Float[Tensor, "Q K"], bits: str) -> Products | Digits | None:

@@ -15,6 +15,8 @@ LANES = 16
 STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row that are read at once
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 
+PAIRS = 4  # pairs side by side, which share what is loaded of X
+
 Value = Any  # llvmlite has no types
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -58,6 +60,45 @@ def product(bits: str, tile: int, unroll: int) -> str:
     return _finished(b)
 
 
+def between(bits: str, width: int) -> str:
+    """The module of a function that writes v_p^T X u_p to out[p] for each pair p of codes.
+
+    (v, bytes of a side of it, u, bytes of a side of it, pairs, X, numbers of v, numbers of a row of X, first column,
+    space, numbers of a side in it, out): of X the `width` times 16 columns from the first on are taken, and what is
+    beyond the numbers of u there must be zero. Whole steps of a side are read: up to 15 bytes beyond the last. The
+    space is for the numbers of 2 PAIRS sides, each LANES longer than whole steps, and finite.
+    """
+    fn, b = _function("between", [_at(I8), I64, _at(I8), I64, I64, _at(F32), I64, I64, I64, _at(F32), I64, _at(F64)])
+    v, size_v, u, size_u, n, x, a, wide, first_column, space, pad, out = fn.args
+    with _loop(b, fn, b.sdiv(b.add(n, _int(PAIRS - 1)), _int(PAIRS))) as group:
+        inputs, outputs, places = [], [], []
+        for k in range(PAIRS):
+            number = b.add(b.mul(group, _int(PAIRS)), _int(k))
+            number = b.select(b.icmp_signed("<", number, n), number, b.sub(n, _int(1)))  # the last is done again
+            places.append(b.gep(out, [number]))
+            for codes, size, sides, at in ((v, size_v, inputs, k), (u, size_u, outputs, PAIRS + k)):
+                sides.append(b.gep(space, [b.mul(pad, _int(at))]))
+                _unpack_steps(b, fn, b.gep(codes, [b.mul(size, number)]), size, sides[-1], bits)
+        columns = b.gep(x, [first_column])
+
+        def body(state: list[Value]) -> list[Value]:
+            i, row, *sums = state
+            parts = [_load(b, row, F32, _int(k * LANES), align=4) for k in range(width)]
+            for pair in range(PAIRS):
+                factor = _spread(b, b.load(b.gep(inputs[pair], [i]), align=4))
+                for k in range(width):
+                    sums[pair * width + k] = _accumulate(b, sums[pair * width + k], factor, parts[k])
+            return [b.add(i, _int(1)), b.gep(row, [wide]), *sums]
+
+        _, _, *sums = _repeat(b, fn, a, [_int(0), columns, *[ZERO] * (PAIRS * width)], body)
+        for pair in range(PAIRS):
+            side = b.gep(outputs[pair], [first_column])
+            parts = [_load(b, side, F32, _int(k * LANES), align=4) for k in range(width)]
+            products = [b.fmul(sums[pair * width + k], parts[k]) for k in range(width)]
+            b.store(_total(b, products), places[pair])
+    return _finished(b)
+
+
 def unpack(bits: str) -> str:
     """The module of a function that writes the codes of rows as float32.
 
@@ -74,10 +115,8 @@ def unpack(bits: str) -> str:
         with _loop(b, fn, whole) as i:
             at = b.mul(i, _int(step))
             for plane, x in enumerate(_decode(b, here, at, bits)):
-                if x.type.element == I1:
-                    x = b.select(x, _all(F32, -1.0), _all(F32, 1.0))
                 to = b.add(b.mul(i, _int(LANES)), b.mul(size, _int(plane)))
-                b.store(x, b.bitcast(b.gep(there, [to]), _at(ir.VectorType(F32, LANES))), align=4)
+                _store(b, _numbers(b, x), b.gep(there, [to]))
         for plane in range(planes):
             end = length if planes == 1 else size if plane == 0 else b.sub(length, size)
             done = b.mul(whole, _int(LANES))
@@ -86,6 +125,15 @@ def unpack(bits: str) -> str:
                 x = _one(b, here, number, bits, plane)
                 b.store(x, b.gep(there, [b.add(number, b.mul(size, _int(plane)))]), align=4)
     return _finished(b)
+
+
+def _unpack_steps(b: Value, fn: Value, codes: Value, size: Value, to: Value, bits: str) -> None:
+    """The numbers of one side as float32, in whole steps: what a plane writes too far the next plane writes over."""
+    step = STEP[bits]
+    for plane in range(PLANES[bits]):
+        with _loop(b, fn, b.sdiv(b.add(size, _int(step - 1)), _int(step))) as i:
+            x = _numbers(b, _decode(b, codes, b.mul(i, _int(step)), bits)[plane])
+            _store(b, x, b.gep(to, [b.add(b.mul(i, _int(LANES)), b.mul(size, _int(plane)))]))
 
 
 def _decode(b: Value, row: Value, at: Value, bits: str) -> list[Value]:
@@ -110,6 +158,21 @@ def _one(b: Value, row: Value, number: Value, bits: str, plane: int) -> Value:
     if bits == "int4":
         x = b.ashr(x if plane else b.shl(x, ir.Constant(I32, 28)), ir.Constant(I32, 4 if plane else 28))
     return b.sitofp(x, F32)
+
+
+def _numbers(b: Value, x: Value) -> Value:
+    """What was decoded as numbers: of bits -1 where they are set, else 1."""
+    return b.select(x, _all(F32, -1.0), _all(F32, 1.0)) if x.type.element == I1 else x
+
+
+def _store(b: Value, x: Value, to: Value) -> None:
+    b.store(x, b.bitcast(to, _at(x.type)), align=4)
+
+
+def _spread(b: Value, x: Value) -> Value:
+    """Sixteen times x."""
+    one = b.insert_element(ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined), x, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
 
 
 def _accumulate(b: Value, total: Value, x: Value, y: Value) -> Value:

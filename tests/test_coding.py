@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from influent.codec import Codec
 from influent.coding import decode, encode, encode_blocks
 from influent.errors import NumericsError
-from influent.gradients import Flat, LowRank, Packed
+from influent.gradients import Flat, LowRank, Packed, PackedPairs
 from influent.packing import pack, unpack
 
 PACKED = ("int8", "int4", "sign")
@@ -47,8 +47,8 @@ def test_the_tensors_are_those_that_the_codec_names(text, factors):
     assert sum(x.numel() * x.element_size() for x in coded.tensors.values()) == 5 * codec.row_bytes(63, factors)
     assert coded.captured.shape == (5,) and coded.captured.dtype == torch.float32
     assert row.flat().shape == (5, 63)
-    dense = Packed if codec.packed else Flat
-    assert isinstance(row, dense if codec.stored_rank(factors) is None else LowRank)
+    dense, pairs = (Packed, PackedPairs) if codec.packed else (Flat, LowRank)
+    assert isinstance(row, dense if codec.stored_rank(factors) is None else pairs)
     assert row.flat().dtype == (torch.float32 if codec.packed else getattr(torch, codec.bits))
 
 
