@@ -3,7 +3,8 @@
 Nanoseconds of CPU time per row and query, one thread, the least of several repeats. `between` puts a query's matrix
 between a row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K, `chosen` is what `score` would take. Of
 dense rows, as many bytes of each codec: nanoseconds per number and per stored byte for N queries, `unpack N` through
-float32, `digits N` and `compiled N` on the integer codes, and `score N` in the way that `score` chooses.
+float32, `digits N` and `compiled N` on the integer codes, and `score N` in the way that `score` chooses. Of pairs, as
+many bytes of each codec, too: `score N`, and `plain N` without compiled loops.
 `python benchmarks/kernels.py [--repeats 3]`
 """
 
@@ -11,7 +12,7 @@ import argparse
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ def main() -> None:
     grid = itertools.product(SHAPES, RANKS, QUERIES)
     rows = [kernels(shape, rank, queries, repeats) for shape, rank, queries in grid]
     decoded = codecs(repeats)
+    packed = [row for shape in SHAPES for rank in RANKS[:2] for row in pairs(shape, rank, repeats)]
     # Other work on the machine shows in the larger figures; the ratios of neighbours are what the switch rests on.
-    save("kernels", {"load": os.getloadavg()[0], "kernels": rows, "decoding": decoded})
+    save("kernels", {"load": os.getloadavg()[0], "kernels": rows, "decoding": decoded, "pairs": packed})
 
 
 def least(call: Callable[[], object], repeats: int) -> float:
@@ -83,17 +85,60 @@ def codecs(repeats: int) -> list[dict[str, Any]]:
     """Dense rows of each codec, as many bytes of each: unpacking alone, and scoring in each way that there is."""
     found = [{"bits": bits, "bytes_per_number": 1 / PER_BYTE.get(bits, 1 / FLOATS.get(bits, 1))} for bits in BITS]
     timed = [(into, *each) for into in found for each in ways(into["bits"])]
-    least_of = [float("inf")] * len(timed)
-    for _ in range(repeats + 1):  # in turn, so that other work on the machine meets all of them
-        for i, (_, _, call) in enumerate(timed):
-            start = time.process_time()
-            call()
-            least_of[i] = min(least_of[i], time.process_time() - start)
-    for (into, name, _), seconds in zip(timed, least_of, strict=True):
+    for (into, name, _), seconds in zip(timed, in_turn([call for *_, call in timed], repeats), strict=True):
         ns = 1e9 * seconds / ROW_BYTES
         numbers = round(ns * into["bytes_per_number"], 3)
         into[name] = numbers if name == DECODE else {"ns_per_number": numbers, "ns_per_byte": round(ns, 3)}
     return found
+
+
+def pairs(factors: tuple[int, int], rank: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of pairs of each codec, as many bytes of each; nanoseconds per stored byte."""
+    found = [{"factors": list(factors), "rank": rank, "bits": bits} for bits in ("bfloat16", *PER_BYTE)]
+    timed = [(into, *each) for into in found for each in pair_ways(Codec(rank, into["bits"]), factors)]
+    for (into, name, num_bytes, _), seconds in zip(timed, in_turn([c for *_, c in timed], repeats), strict=True):
+        into[name] = round(1e9 * seconds / num_bytes, 3)
+    return found
+
+
+def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """What is timed of rows of pairs of one codec: (name, bytes, call)."""
+    (a, b), width = factors, factors[0] * factors[1]
+    size = codec.row_bytes(width, factors)
+    num_rows = max(1, (ROW_BYTES >> 4) // size // 256) * 256
+    some = encode(codec, torch.randn(256, width), factors, key="k").tensors
+    tensors = {name: x.repeat(num_rows // 256, *[1] * (x.ndim - 1)) for name, x in some.items()}
+    step = FETCH_NUMBERS // (codec.rank or 1) // (a + b)  # as score cuts them
+    for num_queries in CODEC_QUERIES[:3]:
+        asked = prepare(torch.randn(num_queries, width), factors, None)
+        scores = torch.zeros(num_queries, num_rows, dtype=torch.float64)
+
+        def run(asked: BlockQueries = asked, scores: torch.Tensor = scores) -> None:
+            for lo in range(0, num_rows, step):
+                row = decode(codec, {name: x[lo : lo + step] for name, x in tensors.items()}, "k", width, factors)
+                sums = Sums(scores[:, lo : lo + step])
+                asked.add(sums, row)
+                sums.close()
+
+        def plain(run: Callable[[], None] = run) -> None:
+            usable, compiled.usable = compiled.usable, lambda: False
+            run()
+            compiled.usable = usable
+
+        yield f"score {num_queries}", num_rows * size, run
+        if codec.packed and compiled.usable():
+            yield f"plain {num_queries}", num_rows * size, plain
+
+
+def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least CPU seconds of each: one after the other, so that other work on the machine meets all of them."""
+    least_of = [float("inf")] * len(calls)
+    for _ in range(repeats + 1):
+        for i, call in enumerate(calls):
+            start = time.process_time()
+            call()
+            least_of[i] = min(least_of[i], time.process_time() - start)
+    return least_of
 
 
 def ways(bits: str) -> list[tuple[str, Callable[[], object]]]:

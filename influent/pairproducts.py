@@ -39,8 +39,9 @@ def between(row: PackedPairs, matrices: Float[Tensor, "Q a b"]) -> Float[Tensor,
     # The loop reads whole steps: the last pairs, whose steps would end beyond their tensor, are read from a copy.
     late = min(n * c, max(-(-_steps(side, row.bits) // side.shape[1]) - 1 for side in (v, u)))
     out = torch.empty(len(x), n * c, dtype=torch.float64)
-    _run(row.bits, v, u, x, a, b, out[:, : n * c - late])
-    _run(row.bits, *(_apart(side[n * c - late :]) for side in (v, u)), x, a, b, out[:, n * c - late :])
+    early = n * c - late
+    _run(row.bits, v, u, x, a, b, out[:, :early])
+    _run(row.bits, _apart(v[early:]), _apart(u[early:]), x, a, b, out[:, early:])
     return out.unflatten(1, (n, c)).mul_(row.scale.double()).sum(2)
 
 
