@@ -82,7 +82,7 @@ CONTENDERS = (
 def attribute(contender: Contender, work: Path, place: Path) -> None:
     """Our own run, with the verbs and defaults that a user has."""
     data, (model, others) = images(SETTINGS["mlp"]), checkpoints("mlp", work)
-    rows, asked, task = examples(data.train), examples(data.queries), influent.Classification()
+    rows, asked, task = examples(data.train), examples(data.queries), influent.Classification("margin")
     members = others[: contender.members - 1]
     budget = {"token_budget": contender.batch, "task": task, "device": "cpu"}
     compress = {} if contender.k is None else {"compress": f"sjlt:{contender.k}"}

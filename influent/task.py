@@ -112,7 +112,17 @@ class Classification:
     It is computed from the margin m, as log(1 + exp(-m)): the usual way loses the gradient of a confident prediction,
     p - 1 of the label, to the rounding of p. An example (input, label) whose label is -100, which PyTorch's
     cross-entropy ignores, has no target and no row.
+
+    `asks` is what a query asks about: the `loss` of its label, or the `margin`, log(p / (1 - p)). For one model they
+    rank rows alike. In an ensemble a loss counts the members by how wrong they are, and a margin all of them: it
+    foretells better what retraining does (docs/evaluate.md).
     """
+
+    asks: str = "loss"
+
+    def __post_init__(self) -> None:
+        if self.asks not in ("loss", "margin"):
+            raise SpecError(f"Classification asks about {self.asks!r}, expected loss or margin")
 
     def targets(self, example: Any) -> int:
         label = int(example[1])
@@ -124,7 +134,7 @@ class Classification:
         return margin_losses(self.margin(model, batch))
 
     def measure(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
-        return self.loss(model, batch)
+        return self.loss(model, batch) if self.asks == "loss" else -self.margin(model, batch)
 
     def margin(self, model: nn.Module, batch: Any) -> Float[Tensor, " B"]:
         return token_margins(model(batch[0]), batch[1])

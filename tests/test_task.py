@@ -293,6 +293,17 @@ def test_half_precision_logits_give_float32_losses():
     assert losses.dtype == torch.float32
 
 
+def test_a_query_may_ask_about_the_margin_of_a_label():
+    torch.manual_seed(0)
+    net, batch = torch.nn.Linear(5, 3).double(), (torch.randn(4, 5).double(), torch.tensor([0, 2, 1, 1]))
+    p = net(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
+    task = Classification("margin")
+    torch.testing.assert_close(task.measure(net, batch), torch.log((1 - p) / p))
+    torch.testing.assert_close(task.loss(net, batch), Classification().measure(net, batch))
+    with pytest.raises(SpecError, match="'accuracy', expected loss or margin"):
+        Classification("accuracy")
+
+
 def test_classification_is_the_cross_entropy_of_each_example():
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
