@@ -57,7 +57,7 @@ class Products:
         (n, size), codes = row.codes.shape, row.codes
         assert row.bits == self.bits and -(-size // STEP[self.bits]) == self.asked.shape[1]
         assert codes.device.type == "cpu" and codes.stride(1) == 1
-        step = max(1, BYTES // size)
+        step = max(1, n if len(self.asked) == 1 else BYTES // size)  # a single tile reads each byte once anyway
         for lo in range(0, n, step):
             hi = min(lo + step, n)
             sums = self._sums(codes.data_ptr() + lo * codes.stride(0), codes.stride(0), size, hi - lo)
