@@ -1,10 +1,11 @@
 """All seeds of value.py together: results/value.json, and docs/students.png.
 
-    python benchmarks/value_report.py OUT [--costs JSON]
+    python benchmarks/value_report.py OUT... [--costs JSON]
 
-Means over seeds; `low` and `high` are the least and the largest of them. Costs may be those of a run of their own
-(`--stages costs`): they do not depend on what a model has read. Break-even rows are from how many rows on labelling
-1,000 and appraising all costs less than labelling all: labels * ratio / (ratio - 1).
+Means over seeds; `low` and `high` are the least and the largest of them. Each teacher may have an OUT of its own, and
+costs may be those of a run of their own (`--stages costs`): they do not depend on what a model has read. Break-even
+rows are from how many rows on labelling 1,000 and appraising all costs less than labelling all: labels * ratio /
+(ratio - 1).
 """
 
 import argparse
@@ -19,38 +20,40 @@ from environment import RESULTS
 
 Document = dict[str, Any]
 SIZES = ("0.5M", "3M", "11M")
-FLOOR = ("BM25", "TF-IDF", "own LinFiK")  # the first two with the most labels, the last with none
+FLOOR = {
+    "bm25": "BM25",
+    "tfidf": "TF-IDF",
+    "encoder": "encoder",
+    "own LinFiK": "own LinFiK",
+}  # with most labels, or none
+TAUGHT = ("lm", "imitated", "tuned", "tangent")
 DOCS = Path(__file__).parent.parent / "docs"
-COLORS = {"bm25": "tab:gray", "tfidf": "tab:olive", "encoder": "tab:purple", "lm": "tab:blue", "imitated": "tab:red"}
+COLORS = {"bm25": "tab:gray", "tfidf": "tab:olive", "encoder": "tab:purple", "lm": "tab:blue", "imitated": "tab:red",
+          "tuned": "tab:pink", "tangent": "black"}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="+")
     parser.add_argument("--costs", type=Path, help="the JSON of another run, for its costs")
     given = parser.parse_args()
-    out = given.out
-    seeds = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*.json"))}
-    found = list(seeds.values())
-    found = [one for one in found if any("students" in each for each in one.values() if isinstance(each, dict))]
-    sizes = [size for size in SIZES if all("students" in one.get(size, {}) for one in found)]
+    found = [json.loads(path.read_text()) for out in given.out for path in sorted(out.glob("[0-9]*.json"))]
+    by_size = {size: [one[size] for one in found if "students" in one.get(size, {})] for size in SIZES}
+    by_size = {size: made for size, made in by_size.items() if made}
     timed = found if given.costs is None else [json.loads(given.costs.read_text())]
+    timed = {size: [one[size]["cost"] for one in timed if "cost" in one.get(size, {})] for size in SIZES}
     document = {
         "environment": found[0]["environment"],
-        "seeds": [name for name, one in seeds.items() if one in found],
+        "seeds": {size: len(made) for size, made in by_size.items()},
         "rows": [one["rows"] for one in found],
         "turn": [one["turn"] for one in found],
-        "detection": {size: detection([one[size] for one in found]) for size in sizes},
-        "students": {size: students([one[size] for one in found]) for size in sizes},
+        "detection": {size: detection(made) for size, made in by_size.items()},
+        "students": {size: students(made) for size, made in by_size.items()},
         "agreement": {
-            size: each([one[size]["agreement"] for one in found if "agreement" in one[size]]) for size in sizes
+            size: each([one["agreement"] for one in made if "agreement" in one]) for size, made in by_size.items()
         },
-        "cost": {
-            size: costs([one[size]["cost"] for one in timed if "cost" in one.get(size, {})])
-            for size in SIZES
-            if any("cost" in one.get(size, {}) for one in timed)
-        },
-        "imitation": {size: [without_path(one[size]["imitation"]) for one in found] for size in sizes},
+        "cost": {size: costs(made) for size, made in timed.items() if made},
+        "imitation": {size: [without_path(one["imitation"]) for one in made] for size, made in by_size.items()},
     }
     text = json.dumps(document, indent=1)
     (RESULTS / "value.json").write_text(text + "\n")
@@ -64,18 +67,11 @@ def main() -> None:
 
 def tables(found: Document) -> str:
     """The numbers of docs/value.md."""
-    lines = []
+    lines: list[str] = []
     for size, rows in found["students"].items():
-        counts = sorted({row["labels"] for row in rows if row["labels"]})
-        heads = [f"{rung}, {count:,} labels" for rung in ("lm", "imitated") for count in counts]
-        lines += [f"| Spearman, {size} teacher | " + " | ".join([*FLOOR, *heads]) + " |"]
-        lines += ["|" + "---|" * (1 + len(FLOOR) + len(heads))]
-        for target in dict.fromkeys(row["target"] for row in rows):
-            cell = {(r["rung"], r["labels"]): r["spearman"]["mean"] for r in rows if r["target"] == target}
-            floor = [cell["bm25", counts[-1]], cell["tfidf", counts[-1]], cell["own LinFiK", 0]]
-            taught = [cell[rung, count] for rung in ("lm", "imitated") for count in counts]
-            lines.append(f"| `{target}` | " + " | ".join(f"{x:.2f}" for x in (*floor, *taught)) + " |")
-    lines += ["", "| AUC, rows with trigger and answer against | cosine | raw | BM25 |", "|---|---|---|---|"]
+        for against in ("spearman", "whole"):
+            lines += [*agreement_table(size, rows, against), ""]
+    lines += ["| AUC, rows with trigger and answer against | cosine | raw | BM25 |", "|---|---|---|---|"]
     auc = found["detection"][next(iter(found["detection"]))]
     for kind in auc["cosine"]:
         lines.append(
@@ -83,15 +79,34 @@ def tables(found: Document) -> str:
         )
     lines += [
         "",
-        "| teacher, one CPU thread | label a row | appraise a row | ratio | by arithmetic |",
-        "|---|---|---|---|---|",
+        "| teacher, one CPU thread | label a row | its slopes | appraise it: `lm` | `tangent` | ratio: `lm` | "
+        "`tangent` | by arithmetic |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for size, cost in found["cost"].items():
         own = cost["cpu"]
-        times = f"{1e3 * own['label']:.1f} ms | {1e3 * own['appraise']:.2f} ms"
-        lines.append(f"| {size} | {times} | {own['ratio']:.0f} | {own['arithmetic']:.0f} |")
-    num = len(found["seeds"])
-    return "\n".join([*lines, "", f"{num} seed{'s' if num > 1 else ''}, offers of {found['rows'][0]:,} rows."])
+        taken = (own["label"], own["slopes"], own["appraise"]["lm"], own["appraise"]["tangent"])
+        times = " | ".join(f"{1e3 * each:.2f} ms" for each in taken)
+        ratios = " | ".join(f"{own['ratio'][rung]:.0f}" for rung in ("lm", "tangent"))
+        lines.append(f"| {size} | {times} | {ratios} | {own['arithmetic']:.0f} |")
+    seeds = ", ".join(f"{num} seed{'s' if num > 1 else ''} ({size})" for size, num in found["seeds"].items())
+    return "\n".join([*lines, "", f"{seeds}, offers of {found['rows'][0]:,} rows."])
+
+
+def agreement_table(size: str, rows: Sequence[Document], against: str) -> list[str]:
+    """Spearman with the index's values, or with those of whole gradients, by target."""
+    counts = sorted({row["labels"] for row in rows if row["labels"]})
+    cell = {(r["target"], r["rung"], r["labels"]): r[against]["mean"] for r in rows if against in r}
+    floor = [(rung, 0 if rung == "own LinFiK" else counts[-1]) for rung in FLOOR]
+    taught = [(rung, count) for rung in TAUGHT for count in counts]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    kept = [key for key in (*floor, *taught) if (targets[0], *key) in cell]
+    heads = [FLOOR.get(rung, f"`{rung}`, {count:,} labels") for rung, count in kept]
+    what = "the index's values" if against == "spearman" else "values of whole gradients"
+    lines = [f"| Spearman with {what}, {size} teacher | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for target in targets:
+        lines.append(f"| `{target}` | " + " | ".join(f"{cell[target, *key]:.2f}" for key in kept) + " |")
+    return lines
 
 
 def without_path(found: Document) -> Document:
@@ -121,9 +136,11 @@ def students(found: Sequence[Document]) -> list[Document]:
                     cells.setdefault((rung["rung"], labels), []).append(rung)
         for (rung, _), made in cells.items():
             numbers = {name: summary(m[name] for m in made) for name in ("spearman", "recall", "held out")}
+            numbers["whole"] = summary(m["whole"]["spearman"] for m in made)
             out.append({"target": target, "rung": rung, "labels": made[0]["labels"], "seeds": len(made), **numbers})
         own = [one["own"][target] for one in found]
         numbers = {name: summary(m[name] for m in own) for name in ("spearman", "recall")}
+        numbers["whole"] = summary(m["whole"]["spearman"] for m in own)
         out.append({"target": target, "rung": "own LinFiK", "labels": 0, "seeds": len(own), **numbers})
         plain = [one["bm25"][target]["spearman"] for one in found]
         out.append({"target": target, "rung": "bm25 score", "labels": 0, "seeds": len(own), "spearman": summary(plain)})
@@ -139,12 +156,13 @@ def costs(found: Sequence[Document]) -> Document:
     out: Document = {}
     for device in sorted({device for one in found for device in one}):
         made = [one[device] for one in found if device in one]
-        label, appraise = (float(np.median([m[name] for m in made])) for name in ("label", "appraise"))
-        ratio = label / appraise
+        label, slopes = (float(np.median([m[name] for m in made])) for name in ("label", "slopes"))
+        appraise = {rung: float(np.median([m["appraise"][rung] for m in made])) for rung in made[0]["appraise"]}
+        ratio = {rung: label / own for rung, own in appraise.items()}
         out[device] = {
-            "label": label, "appraise": appraise, "ratio": ratio,
+            "label": label, "slopes": slopes, "appraise": appraise, "ratio": ratio,
             "ratios": [m["ratio"] for m in made],
-            "break_even_rows": ceil(1000 * ratio / (ratio - 1)) if ratio > 1 else None,
+            "break_even_rows": {rung: ceil(1000 * r / (r - 1)) if r > 1 else None for rung, r in ratio.items()},
             "arithmetic": 2 * made[0]["teacher_parameters"] / made[0]["student_parameters"],
         }  # fmt: skip
     return out

@@ -130,6 +130,8 @@ def print_student(doc: Doc, console: Console) -> None:
             f"{1000 * rung['seconds_a_row']:.1f}",
         )  # fmt: skip
     console.print(table)
+    for each in doc["skipped"]:
+        console.print(Text(f"not climbed: {each['rung']} ({each['reason']})"))
     if doc["baseline"] is not None:
         own = doc["baseline"]
         console.print(Text(
