@@ -39,6 +39,7 @@ WHOLE = 256  # rows whose gradients are compared with compressed ones
 TIMED = {"cpu": {"0.5M": 128, "3M": 48, "11M": 24}, "cuda": {"0.5M": 4096, "3M": 4096, "11M": 4096}}
 APPRAISED = {"cpu": 512, "cuda": 16384}
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens a batch
+TIMING = 8.0  # seconds of each measurement, at least
 Document = dict[str, Any]
 
 
@@ -205,10 +206,10 @@ def costs(work: Work, size: str, device: str) -> Document:
 
 
 def timed(run: Callable[[], float], clock: Callable[[], float]) -> float:
-    """The least of two runs after a first one."""
+    """The least of the runs of some seconds, after a first one: what else the machine does only adds."""
     run()
-    found = []
-    for _ in range(2):
+    found: list[float] = []
+    while sum(found) < TIMING or len(found) < 2:
         begin = clock()
         run()  # ends with a number on the CPU: nothing is left in the GPU's queue
         found.append(clock() - begin)

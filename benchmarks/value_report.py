@@ -97,8 +97,10 @@ def agreement_table(size: str, rows: Sequence[Document], against: str) -> list[s
     """Spearman with the index's values, or with those of whole gradients, by target."""
     counts = sorted({row["labels"] for row in rows if row["labels"]})
     cell = {(r["target"], r["rung"], r["labels"]): r[against]["mean"] for r in rows if against in r}
-    floor = [(rung, 0 if rung == "own LinFiK" else counts[-1]) for rung in FLOOR]
-    taught = [(rung, count) for rung in TAUGHT for count in counts]
+    most = {rung: max(n for t, r, n in cell if (t, r) == (rows[0]["target"], rung)) for _, rung, _ in cell}
+    floor = [(rung, most[rung]) for rung in FLOOR if rung in most]
+    # Those that say less at one number of labels, a tenth of the rows; the picture has the others.
+    taught = [(rung, count) for rung in TAUGHT for count in (counts if rung == "tangent" else counts[1:2])]
     targets = list(dict.fromkeys(row["target"] for row in rows))
     kept = [key for key in (*floor, *taught) if (targets[0], *key) in cell]
     heads = [FLOOR.get(rung, f"`{rung}`, {count:,} labels") for rung, count in kept]

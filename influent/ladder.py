@@ -6,7 +6,7 @@ is kept (distilling.py).
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from influent.features import Features, LanguageModel, Words, load_encoder, load
 from influent.lexical import Bm25, TfIdf
 from influent.progress import Progress
 from influent.records import content_hash, display_text
-from influent.ridge import CALIBRATIONS, fit
+from influent.ridge import CALIBRATIONS, Ridge, fit
 from influent.rng import Stream
 from influent.rowstore import Index
 from influent.slopes import slopes
@@ -157,7 +157,7 @@ class Ladder:
         head = self._calibrated(found.ridge, found.predicted, y[found.left_out])
         return self._measured(found.features, head, found.predicted, y[found.left_out], passes=len(rows))
 
-    def _calibrated(self, ridge: Callable[[np.ndarray], np.ndarray], predicted: np.ndarray, y: np.ndarray) -> Head:
+    def _calibrated(self, ridge: Ridge, predicted: np.ndarray, y: np.ndarray) -> Head:
         return Head(ridge, CALIBRATIONS[self.calibration](predicted, y))
 
     def _measured(

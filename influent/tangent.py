@@ -45,10 +45,13 @@ class Readout(nn.Module):
     def __init__(self, words: nn.Parameter) -> None:
         super().__init__()
         size, width = words.shape
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=words.device))
+
         self.words = words  # W, which the small model owns
-        shapes = {"matrix": (width, width), "shift": (width,), "tilt": (width,), "bias": (size,)}
-        for name, shape in shapes.items():  # A, a, c, b
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=words.device)))
+        self.matrix, self.shift = zeros(width, width), zeros(width)  # A, a
+        self.tilt, self.bias = zeros(width), zeros(size)  # c, b
 
     @property
     def own(self) -> dict[str, nn.Parameter]:
@@ -87,14 +90,16 @@ class Tangent:
     def __call__(self, rows: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
         """Features [n, 4] and target tokens [n]; a row without one has zeros."""
         queue = [(i, part) for i, parts in enumerate(self.task.each_parts(rows)) for part in parts]
-        counts = torch.zeros(len(rows), dtype=torch.float64)
         sums = torch.zeros(len(rows), dtype=torch.float64)
         for batch in pack(queue, self.token_budget):
-            states, wanted, row = self.states([part for _, part in batch])
-            each = (states * self.directions[wanted]).sum(dim=1) + self.bias[wanted]
-            sums.index_add_(0, torch.tensor([i for i, _ in batch])[row.cpu()], -each.double().cpu())
-        for i, part in queue:
-            counts[i] += part.targets
+            states, wanted, part = self.states([part for _, part in batch])
+            # A row of G a token, and neither logits nor their softmax.
+            each = torch.linalg.vecdot(states, self.directions[wanted]) + self.bias[wanted]
+            by_part = each.new_zeros(len(batch)).index_add_(0, part, each)
+            sums.index_add_(0, torch.tensor([i for i, _ in batch]), -by_part.double().cpu())
+        places, targets = zip(*((i, part.targets) for i, part in queue), strict=True) if queue else ((), ())
+        counts = torch.zeros(len(rows), dtype=torch.float64)
+        counts.index_add_(0, torch.tensor(places, dtype=torch.int64), torch.tensor(targets, dtype=torch.float64))
         return summed(sums, counts).numpy(), counts.numpy()
 
     def states(self, parts: Sequence[Part]) -> tuple[Float[Tensor, "n H"], Tensor, Tensor]:
