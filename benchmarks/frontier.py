@@ -27,7 +27,7 @@ from lds import Rows, bind, collect, compress, influence, products, records, sto
 from influent import baselines
 from influent.budget import Budget, row_bytes
 from influent.codec import Codec
-from influent.compress import Compress
+from influent.compress import LEAST, Compress
 from influent.errors import SpecError
 
 BUDGETS = (10_800, 2_700, 700, 43_200)  # bytes of a row; LoGRA's 16, 8, 4 and 32 a side in bfloat16 over 21 layers
@@ -45,6 +45,7 @@ PROJECTIONS = {
     "whiten 1/4": "whiten:{0}x{0},p=0.25",
     "whiten 1/4, kfac": "whiten:{0}x{0},p=0.25,kfac",
     "whiten 1/2": "whiten:{0}x{0}",
+    "whiten 1/2, shared": "whiten:{0},share",  # the numbers of a layer in the mean
     "whiten 1/2, kfac": "whiten:{0}x{0},kfac",
 }
 RULE = "rank:side/16:int4"
@@ -52,12 +53,15 @@ RULES = (RULE, "rank:side/8:int4", "rank:side/30:int4")
 INT4 = ("rank:1:int4", "rank:2:int4", "rank:4:int4", "rank:8:int4", "rank:16:int4")
 FLOAT = ("rank:1:bf16", "rank:4:bf16")
 OTHER = ("dense:int8", "dense:int4", "dense:sign", "rank:4:int8", "rank:8:sign")
-SAME_WIDTH = ("bf16", "rank:1:bf16", "rank:4:bf16", "rank:8:bf16")
-LEARNED = tuple(name for name, text in PROJECTIONS.items() if "pca" in text or "whiten" in text)
+# Of a side the ranks that take at most half of the dense bytes, and of 32 and 16 one that takes three quarters.
+SAME_WIDTH = {64: (1, 4, 8, 16), 32: (1, 4, 8, 12), 16: (1, 4, 6)}
+LEARNED = tuple(name for name, text in PROJECTIONS.items() if re.match("(pca|whiten):.*x", text))
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
     (("gauss", "factgrass"), ("bf16",), (0,), BUDGETS),
     (("whiten 1/2",), (RULE,), (0,), BUDGETS),
+    (("whiten 1/2, shared",), ("dense:sign",), (0,), SMALL),
+    (("whiten 1/2, shared",), ("dense:sign",), (1, 2), SMALL[1:]),
     (("gauss", "factgrass"), ("bf16",), (1, 2), SMALL),
     (("whiten 1/2",), (RULE,), (1, 2), SMALL),
     (("whiten 1/2",), RULES, (0,), SMALL),
@@ -76,7 +80,7 @@ GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]],
     (("gauss", "whiten 1/2", "whiten 1/2, kfac"), (*INT4, *FLOAT, *OTHER), (0,), SMALL),
     (("mask", "sjlt", "rademacher"), (RULE, *INT4, *FLOAT, "bf16", "dense:int4"), (0,), SMALL),
 )
-SAME_WIDTH_AFTER = 9  # groups
+SAME_WIDTH_AFTER = 11  # groups
 MIN_SHARE = 0.55  # of the budget; a setting that cannot use more has run out of layer
 
 
@@ -121,7 +125,8 @@ class Bench:
         began = time.time()
         rows, queries = self.projected(entry.compress, entry.seed)
         compressor, codec = Compress.parse(entry.compress), Codec.parse(entry.rows)
-        factors = {block.name: compressor.factors(block) for block in self.gradients.plan.blocks}
+        shared = compressor.shared is not None  # dense rows, which need no factors
+        factors = {block.name: None if shared else compressor.factors(block) for block in self.gradients.plan.blocks}
         kept, captured = stored(rows, codec, factors)
         scores = influence(kept, queries, DAMPINGS)
         size = self.bytes(entry.compress, entry.rows)
@@ -154,7 +159,7 @@ def largest(bench: Bench, projection: str, codec: str, budget: int, seed: int) -
     try:
         text, rows = Budget(
             budget,
-            lambda side: sized(side) + turn,
+            lambda side: sized(max(LEAST, side) if "share" in sized(side) else side) + turn,
             lambda side: re.sub(r"side/(\d+)", lambda found: str(max(1, side // int(found[1]))), codec),
         ).choose(bench.gradients.plan)
     except SpecError:  # not even one number a layer fits
@@ -179,8 +184,9 @@ def entries(bench: Bench) -> Iterator[Entry]:
 
 def same_width() -> Iterator[Entry]:
     """Dense rows and rows of rank c of the same maps."""
-    for projection, side, codec in itertools.product(("gauss",), (64, 32, 16), SAME_WIDTH):
-        yield Entry(projection, codec, PROJECTIONS[projection].format(side), str(Codec.parse(codec)))
+    for side, ranks in SAME_WIDTH.items():
+        for codec in ("bf16", *(f"rank:{c}:bf16" for c in ranks)):
+            yield Entry("gauss", codec, PROJECTIONS["gauss"].format(side), str(Codec.parse(codec)))
 
 
 def references(bench: Bench) -> None:

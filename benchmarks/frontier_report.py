@@ -20,6 +20,7 @@ from lds import Truth, interval, spearman
 WHITENED, OTHERS = "1.0", "0.1"  # the default relative damping of rows in a whitened basis, and of others
 RULE = "rank:side/16:int4"
 OURS = (
+    ("whiten 1/2, shared", "dense:sign"),
     ("whiten 1/2", RULE),
     ("whiten 1/2", "rank:side/8:int4"),
     ("whiten 1/2", "dense:sign"),
@@ -159,6 +160,20 @@ def same_width(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return sorted(out, key=lambda row: (row["compress"], row["bytes"]))
 
 
+def level_with_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """By compressor the least rank from which on no interval of the difference to dense rows is below 0; None if the
+    highest rank measured is."""
+    found: dict[str, int | None] = {}
+    for compress in dict.fromkeys(row["compress"] for row in rows):
+        found[compress] = None
+        ranked = [row for row in rows if row["compress"] == compress and row["rows"].startswith("rank:")]
+        for row in sorted(ranked, key=lambda row: -row["bytes"]):
+            if row["less dense"]["high"] < 0:
+                break
+            found[compress] = int(row["rows"].split(":")[1])
+    return found
+
+
 def write(work: Path) -> None:
     """results/frontier.json and docs/frontier.png, of the models whose ground truth is in `work`."""
     document, panels = {}, {}
@@ -175,7 +190,8 @@ def write(work: Path) -> None:
             "rank correlation of two seeds": truth.reliability(),
             "the package's own verbs": json.loads((folder / "check.json").read_text()),
             "comparisons": comparisons(found),
-            "one width": same_width(measured),
+            "one width": (one_width := same_width(measured)),
+            "level with dense from rank": level_with_dense(one_width),
             "settings": sorted(
                 (each.row() for each in found.values()), key=lambda row: (row["budget"] or 0, -row["lds"])
             ),
@@ -188,6 +204,7 @@ LINES = (
     ("whiten 1/2", RULE, "whitened, rank side/16, int4", "C3", "o-"),
     ("whiten 1/2", "rank:side/8:int4", "whitened, rank side/8, int4", "C1", "o-"),
     ("whiten 1/2", "dense:sign", "whitened, 1 bit", "C4", "o-"),
+    ("whiten 1/2, shared", "dense:sign", "whitened, 1 bit, layers share", "C5", "o-"),
     ("gauss", "rank:side/8:int4", "random, rank side/8, int4", "C0", "o-"),
     ("gauss", "bf16", "LoGRA: random, dense bf16", "C0", "s--"),
     ("factgrass", "bf16", "FactGraSS, bf16", "C2", "s--"),

@@ -26,8 +26,9 @@ from influent.collect import Collector, inputs_of, pack
 from influent.compress import MOMENTS, Compress
 from influent.extract import visit
 from influent.layers import Plan
-from influent.moments import Moments, basis
+from influent.moments import Moments, basis, eigenvalues
 from influent.rng import Stream
+from influent.sharing import share
 from influent.task import CausalLM
 
 Rows = dict[str, Tensor]  # block -> [N, K] float32
@@ -113,14 +114,19 @@ def learn(collector: Collector, train: Sequence[Any], kind: str, seed: int) -> d
 def bind(gradients: Gradients, text: str, seed: int, damping: float = DAMPING) -> dict[str, Bound]:
     """The maps of a compressor for each block; `damping` is that of a whitened basis."""
     compressor = Compress.parse(text)
-    stage, out = compressor.learned, {}
+    stage, out, shared = compressor.learned, {}, None
+    if stage is not None and stage.shared:
+        moments = gradients.moments[stage.moments, seed]
+        spectra = {name: {side: eigenvalues(m[side]).numpy() for side in ("in", "out")} for name, m in moments.items()}
+        shared = share(spectra, stage.size or 0, damping=damping)
     for block in gradients.plan.blocks:
         bases = None
         if stage is not None:
-            moment, sizes = gradients.moments[stage.moments, seed][block.name], (block.in_width, block.out_width)
+            moment, widths = gradients.moments[stage.moments, seed][block.name], (block.in_width, block.out_width)
+            sizes = tuple(shared[block.name].values()) if shared else stage.sides(*widths)
             bases = {
                 side: basis(moment[side], k, power=stage.power, damping=damping)[0].float()
-                for side, p, k in zip(("in", "out"), sizes, stage.sides(*sizes), strict=True)
+                for side, p, k in zip(("in", "out"), widths, sizes, strict=True)
                 if stage.power or k < p
             }
         out[block.name] = compressor.bind(block, seed, bases)

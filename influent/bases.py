@@ -2,11 +2,12 @@
 
 The sample is drawn by the seed, its moments are added up in passes whose memory is bounded, and the matrices become an
 artifact of kind "bases" under INDEX/bases/, one payload a block, so that a killed calibration resumes; a query reads
-them from there. Not here: the moments (moments.py), the maps (maps.py), what an index is (rowstore.py).
+them from there. Of a stage that shares its size among the blocks their eigenvalues come first, from which all sizes
+follow. Not here: the moments (moments.py), the maps (maps.py), the sizes (sharing.py), what an index is (rowstore.py).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,19 @@ from influent.compress import Stage
 from influent.errors import CorruptError, DataError, MismatchError, NumericsError
 from influent.extract import NonFinite, visit
 from influent.layers import Block, Plan, device_of
-from influent.moments import Moments, Sided, basis, check_widths, in_groups, num_bytes
+from influent.moments import Moments, Sided, basis, check_widths, eigenvalues, in_groups, num_bytes
 from influent.optimizer import Scale
+from influent.payload import Payload
 from influent.progress import Progress
 from influent.rng import Stream
+from influent.shardrecord import Record
+from influent.sharing import Sizes, Spectrum, share
 from influent.storage import Store
 from influent.task import Part, Task, parts_of
 
 KIND = "bases"
 FOLDER = "bases"  # of an index
+SPECTRUM = "spectrum/"  # before a block's name, of the record with its eigenvalues by side
 DAMPING = 0.1  # of whiten, relative to a moment's mean eigenvalue
 MEMORY = 2 * 2**30  # bytes of moments held at a time
 
@@ -87,14 +92,39 @@ class Calibration:
         size = min(sample.n, self.size)
         writer = ArtifactWriter.open(store, KIND, self._spec(sample, size))
         if not writer.committed:
-            left = [block for block in self.plan.blocks if block.name not in writer.records]
-            groups = list(in_groups(left, lambda block: num_bytes(block, self.stage.moments), self.memory))
-            parts = self._parts(sample, size) if groups else []
-            for number, group in enumerate(groups):
-                log.info("learning %s: %d blocks, pass %d of %d", self.stage, len(group), number + 1, len(groups))
-                self._learn(writer, group, parts, sample, _within(progress, number, len(groups), len(parts)))
+            parts = self._parts(sample, size)
+            if self.stage.shared:
+                self._visit_all(writer, SPECTRUM, parts, sample, progress, self._put_spectrum)
+            shared = self._shares(writer.store, writer.records)
+            self._visit_all(
+                writer,
+                "",
+                parts,
+                sample,
+                progress,
+                lambda writer, block, moment: self._put(writer, block, moment, shared),
+            )
             writer.commit({"rows": size})
         return self.load(store)
+
+    def _visit_all(
+        self,
+        writer: ArtifactWriter,
+        prefix: str,
+        parts: list[tuple[int, Part]],
+        sample: Sample,
+        progress: Progress | None,
+        put: Callable[[ArtifactWriter, Block, Sided], None],
+    ) -> None:
+        """Make the record `prefix` NAME of every block that has none, from its moments."""
+        left = [block for block in self.plan.blocks if prefix + block.name not in writer.records]
+        groups = list(in_groups(left, lambda block: num_bytes(block, self.stage.moments), self.memory))
+        for number, group in enumerate(groups):
+            log.info("learning %s: %d blocks, pass %d of %d", self.stage, len(group), number + 1, len(groups))
+            moments = self._moments(group, parts, sample, _within(progress, number, len(groups), len(parts)))
+            for block in group:
+                put(writer, block, moments.scaled(block.name))
+            del moments  # before the next are made
 
     def load(self, store: Store) -> Bases:
         """The bases in `store`, every byte checked.
@@ -115,18 +145,19 @@ class Calibration:
         for field in ("layout", "stage"):
             if found.spec.get(field) != shared[field]:
                 raise MismatchError(f"{store}: was learned with another {field}; use the layers that were indexed")
-        matrices: dict[str, Sided] = {}
-        for block in self.plan.blocks:
-            matrices[block.name] = self._read(found, block)
-        return Bases(matrices, content(found.records))
+        records = {record.name: record for record in found.records}
+        names = [block.name for block in self.plan.blocks]
+        for name in [*names, *(SPECTRUM + name for name in names if self.stage.shared)]:
+            if name not in records:
+                raise CorruptError(f"{found.store}/manifest.json: block {name} is missing; {_mend(found)}")
+            found.check(name, mend=_mend(found))
+        shared = self._shares(found.store, records)
+        return Bases({b.name: self._read(found, b, shared) for b in self.plan.blocks}, content(found.records))
 
-    def _read(self, found: Artifact, block: Block) -> Sided:
-        if block.name not in {record.name for record in found.records}:
-            raise CorruptError(f"{found.store}/manifest.json: block {block.name} is missing; {_mend(found)}")
-        found.check(block.name, mend=_mend(found))
+    def _read(self, found: Artifact, block: Block, shared: Mapping[str, Sizes]) -> Sided:
         device, held = device_of(self.model), found.tensors(block.name)
         matrices = {side: held[side].to(device) for side in held}
-        for side, (p, k) in self._sizes(block).items():
+        for side, (p, k) in self._sizes(block, shared).items():
             if side not in matrices or tuple(matrices[side].shape) != (p, k):
                 got = list(matrices[side].shape) if side in matrices else "none"
                 raise CorruptError(
@@ -134,13 +165,27 @@ class Calibration:
                 )
         return matrices
 
-    def _sizes(self, block: Block) -> dict[str, tuple[int, int]]:
+    def _shares(self, store: Store, records: Mapping[str, Record]) -> dict[str, Sizes]:
+        """The sizes of all blocks' sides, from their stored eigenvalues; none if the size is not shared."""
+        if not self.stage.shared:
+            return {}
+        spectra: dict[str, Spectrum] = {}
+        for block in self.plan.blocks:
+            record = records[SPECTRUM + block.name]
+            payload = Payload(store, record.payload, record.bytes)
+            spectra[block.name] = {side: payload[side].double().numpy() for side in sorted(payload)}
+        return share(spectra, self.stage.size or 0, damping=self.damping)
+
+    def _sizes(self, block: Block, shared: Mapping[str, Sizes]) -> dict[str, tuple[int, int]]:
         """(p, k) of the sides that get a matrix: pca leaves a side that it would only turn."""
-        if block.is_vector:
+        widths = {"flat": block.width} if block.is_vector else {"in": block.in_width, "out": block.out_width}
+        if self.stage.shared:
+            sizes = {side: (p, shared[block.name][side]) for side, p in widths.items()}
+        elif block.is_vector:
             sizes = {"flat": (block.width, self.stage.length(block.width))}
         else:
-            a, b = self.stage.sides(block.in_width, block.out_width)
-            sizes = {"in": (block.in_width, a), "out": (block.out_width, b)}
+            kept = self.stage.sides(block.in_width, block.out_width)
+            sizes = {side: (p, k) for (side, p), k in zip(widths.items(), kept, strict=True)}
         return {side: (p, k) for side, (p, k) in sizes.items() if self.stage.power or k < p}
 
     def _shared(self) -> dict[str, Any]:
@@ -166,15 +211,10 @@ class Calibration:
             raise DataError(f"none of the {size} rows drawn to learn '{self.stage}' has target tokens; draw more rows")
         return parts
 
-    def _learn(
-        self,
-        writer: ArtifactWriter,
-        group: list[Block],
-        parts: list[tuple[int, Part]],
-        sample: Sample,
-        tell: Callable[[int], None],
-    ) -> None:
-        """One pass over the sample, and the bases of a group of blocks."""
+    def _moments(
+        self, group: list[Block], parts: list[tuple[int, Part]], sample: Sample, tell: Callable[[int], None]
+    ) -> Moments:
+        """One pass over the sample, for a group of blocks."""
         weights = None if self.scale is None else {block.name: self.scale.weights[block.name] for block in group}
         moments = Moments(group, self.stage.moments, device_of(self.model), weights=weights)
         names = {block.name for block in group}
@@ -186,14 +226,18 @@ class Calibration:
             tell(done)
         if moments.num_examples == 0:
             raise NumericsError(f"the loss of every row drawn to learn '{self.stage}' is not finite")
-        for block in group:
-            scaled = moments.scaled(block.name)
-            made = {
-                side: basis(scaled[side], k, power=self.stage.power, damping=self.damping)
-                for side, (_, k) in self._sizes(block).items()
-            }
-            captured = {side: share for side, (_, share) in made.items()}
-            writer.put(block.name, {side: m.float() for side, (m, _) in made.items()}, {"captured": captured})
+        return moments
+
+    def _put_spectrum(self, writer: ArtifactWriter, block: Block, scaled: Sided) -> None:
+        writer.put(SPECTRUM + block.name, {side: eigenvalues(moment).cpu() for side, moment in scaled.items()})
+
+    def _put(self, writer: ArtifactWriter, block: Block, scaled: Sided, shared: Mapping[str, Sizes]) -> None:
+        made = {
+            side: basis(scaled[side], k, power=self.stage.power, damping=self.damping)
+            for side, (_, k) in self._sizes(block, shared).items()
+        }
+        captured = {side: kept for side, (_, kept) in made.items()}
+        writer.put(block.name, {side: m.float() for side, (m, _) in made.items()}, {"captured": captured})
 
     def _visit(self, moments: Moments, tracked: Plan, batch: list[tuple[int, Part]], sample: Sample) -> None:
         inputs, shape = inputs_of(self.task, [part for _, part in batch], device_of(self.model))

@@ -171,9 +171,9 @@ def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor
         if flat and stage.kind == SELECT:  # a mask learned over all blocks keeps more of one than of another
             todo = [("flat", p, p := len((bases or {})["flat"]))]
         elif flat:
-            todo = [("flat", p, p := stage.length(p))]
+            todo = [("flat", p, p := _length(stage, p, (bases or {}).get("flat")))]
         else:
-            a, b = stage.sides(inner, outer)
+            a, b = _sides(stage, inner, outer, bases or {})
             todo = [("in", inner, a), ("out", outer, b)]
             inner, outer, p = a, b, a * b
         for side, before, after in todo:
@@ -184,6 +184,21 @@ def bind(compress: Compress, block: Block, seed: int, bases: Mapping[str, Tensor
             else:
                 maps[side].append(_draw(stage, before, after, seed, block, f"{side}/{number}"))
     return Bound(block, tuple(maps["in"]), tuple(maps["out"]), tuple(maps["flat"]))
+
+
+def _length(stage: Stage, p: int, matrix: Tensor | None) -> int:
+    """The width that a stage leaves of a flat vector; a learned one may have sizes of its own for every block."""
+    if stage.kind in LEARNED:
+        return p if matrix is None else matrix.shape[1]
+    return stage.length(p)
+
+
+def _sides(stage: Stage, inner: int, outer: int, bases: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The widths that a stage leaves of two sides."""
+    if stage.kind in LEARNED:
+        a, b = (_length(stage, p, bases.get(side)) for side, p in (("in", inner), ("out", outer)))
+        return a, b
+    return stage.sides(inner, outer)
 
 
 def _learned(p: int, matrix: Tensor | None) -> Map:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from influent.codec import Codec
 from influent.compress import Compress
 from influent.errors import SpecError
-from influent.layers import Plan
+from influent.layers import Block, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Budget:
                 f"--row-bytes {self.bytes}: {len(tracked.blocks)} layers need {least} bytes a row at the least; "
                 "allow more, or track fewer --layers"
             )
-        largest = max(max(block.in_width, block.out_width, math.isqrt(block.width) + 1) for block in tracked.blocks)
+        largest = max(_longest(block, Compress.parse(self.compress(1))) for block in tracked.blocks)
         fits = self._largest(tracked, self.rows, largest)
         if self.small is not None and fits < min(self.least, largest):
             return self.small.choose(tracked)
@@ -51,7 +51,19 @@ class Budget:
         return row_bytes(Compress.parse(self.compress(side)), Codec.parse(rows(side)), tracked)
 
 
+def _longest(block: Block, compress: Compress) -> int:
+    """The size from which on a block is kept whole."""
+    if compress.shared:
+        return block.width
+    return max(block.in_width, block.out_width, math.isqrt(block.width) + 1)
+
+
 def row_bytes(compress: Compress, codec: Codec, tracked: Plan) -> int:
-    """Bytes of one row as stored, all blocks together, with the byte a block that tells the energy a rank cut kept."""
+    """Bytes of one row as stored, all blocks together, with the byte a block that tells the energy a rank cut kept; of
+    numbers that are shared among the blocks, which are counted by eights, at the most."""
+    if (numbers := compress.shared) is not None:
+        assert codec.rank is None, "ranks go with sides that are known"
+        beside = 2 * codec.row_bytes(8, None) - codec.row_bytes(16, None)  # the numbers: a block's scale
+        return codec.row_bytes(numbers * len(tracked.blocks), None) + beside * (len(tracked.blocks) - 1)
     each = 0 if codec.rank is None else 1
     return sum(codec.row_bytes(compress.width(block), compress.factors(block)) + each for block in tracked.blocks)

@@ -1,7 +1,8 @@
 """The compressor grammar: `stage | stage`, read left to right, and the binding of its maps to one block.
 
 A stage `kind:AxB` works on the two factors of a gradient (A on the input side, B on the output side), `kind:/F` too,
-with sizes that are each block's own widths over F; `kind:K` works on the flat vector, whose order is input-major:
+with sizes that are each block's own widths over F, and a learned `kind:K,share` gives each block's two sides sizes of
+their own, K numbers a block in the mean (sharing.py); `kind:K` works on the flat vector, whose order is input-major:
 entry (i, o) of a layer's gradient stands at i * O + o. `rotate` keeps sizes and works on the sides until a flat stage
 has come. On a block whose gradient is a vector (a norm layer) `AxB` means its flat counterpart of size A * B. A size is
 capped at the width it is applied to, where a random stage becomes the identity. `select:FILE` names a learned mask in
@@ -30,6 +31,7 @@ ROTATE = "rotate"
 BUCKET_LAWS = ("balanced", "iid")
 MOMENTS = ("grads", "kfac")  # the first is the default: it captures more (docs/compressors.md)
 POWERS = (0.5, 0.25)  # of whiten; the first is the default
+LEAST = 8  # numbers a layer in the mean, where layers share them
 _STAGE = re.compile(
     r"^(?P<kind>[a-z]+):(?:/(?P<factor>[1-9]\d*)|(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?)(?P<options>(?:,[a-z0-9=.]+)*)$",
     re.ASCII,
@@ -37,16 +39,21 @@ _STAGE = re.compile(
 _SIZES = re.compile(r"(?P<a>[1-9]\d*)(?:x(?P<b>[1-9]\d*))?", re.ASCII)
 _HELP = (
     f"stages are id, rotate, or KIND:K, KIND:AxB or KIND:/F with KIND one of {', '.join(KINDS)}, or first of all "
-    f"{' or '.join(LEARNED)} with AxB or /F, or select:FILE, joined by ' | '"
+    f"{' or '.join(LEARNED)} with AxB, /F or K,share, or select:FILE, joined by ' | '"
 )
 # What an option sets; SJLT's s=N is read apart.
 _MOMENTS: dict[str, tuple[str, Any]] = {name: ("moments", name) for name in MOMENTS}
+_SHARED: dict[str, tuple[str, Any]] = {"share": ("shared", True)}
 _OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
     "sjlt": {law: ("law", law) for law in BUCKET_LAWS},
-    "pca": _MOMENTS,
-    "whiten": {f"p={power}": ("power", power) for power in POWERS} | _MOMENTS,
+    "pca": _MOMENTS | _SHARED,
+    "whiten": {f"p={power}": ("power", power) for power in POWERS} | _MOMENTS | _SHARED,
 }
-_TAKES = {"sjlt": "s=N, iid and balanced", "pca": "kfac or grads", "whiten": "p=0.25 or p=0.5, and kfac or grads"}
+_TAKES = {
+    "sjlt": "s=N, iid and balanced",
+    "pca": "kfac or grads, and share",
+    "whiten": "p=0.25 or p=0.5, kfac or grads, and share",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,8 @@ class Stage:
     """One stage: its kind, its size on each side (`out` is None for a flat stage) or its factor, and its options.
 
     `nonzeros` and `law` are SJLT's; `power` is the exponent by which `whiten` divides, `moments` what it learns from;
-    `file` is the folder of a learned mask whose sizes were not read yet.
+    `file` is the folder of a learned mask whose sizes were not read yet. If `shared`, `size` is the numbers of a block
+    in the mean, whose sides are only known once they are learned.
     """
 
     kind: str
@@ -66,6 +74,7 @@ class Stage:
     power: float = 0.0
     moments: str = MOMENTS[0]
     file: str | None = None
+    shared: bool = False
 
     def __str__(self) -> str:
         if self.kind == ROTATE:
@@ -77,21 +86,24 @@ class Stage:
         options = (f",s={self.nonzeros}" if self.nonzeros != 1 else "") + (",iid" if self.law == "iid" else "")
         options += f",p={self.power}" if self.power not in (0.0, POWERS[0]) else ""
         options += f",{self.moments}" if self.moments != MOMENTS[0] else ""
+        options += ",share" if self.shared else ""
         return f"{self.kind}:{size}{options}"
 
     @property
     def is_flat(self) -> bool:
         """Whether the stage asks for the flat gradient."""
-        return self.size is not None and self.out is None
+        return self.size is not None and self.out is None and not self.shared
 
     def sides(self, p_in: int, p_out: int) -> tuple[int, int]:
         """The widths that it leaves of two sides."""
+        assert not self.shared, "they are learned: sharing.py"
         if self.factor is not None:
             return max(1, p_in // self.factor), max(1, p_out // self.factor)
         return min(p_in, self.size or p_in), min(p_out, self.out or p_out)
 
     def length(self, p: int) -> int:
         """The width that it leaves of a flat vector."""
+        assert not self.shared, "it is learned: sharing.py"
         if self.factor is not None:
             return max(1, p // self.factor)
         return p if self.size is None else min(p, self.size * (self.out or 1))
@@ -128,6 +140,11 @@ class Compress:
     def learned(self) -> Stage | None:
         """The stage that is learned from a sample of the data, if there is one: the first."""
         return next((stage for stage in self.stages[:1] if stage.kind in LEARNED), None)
+
+    @property
+    def shared(self) -> int | None:
+        """The numbers that a block has in the mean, if the blocks share them."""
+        return self.learned.size if self.learned is not None and self.learned.shared else None
 
     @property
     def selects(self) -> Stage | None:
@@ -209,10 +226,12 @@ def _parse_stage(part: str, text: str) -> Stage:
     if match is None or kind not in KINDS + LEARNED:
         raise SpecError(f"compressor {text!r}: stage {part!r} is not known; {_HELP}")
     size, out, factor = (int(match[name]) if match[name] else None for name in ("a", "b", "factor"))
-    if kind in LEARNED and out is None and factor is None:
-        raise SpecError(f"compressor {text!r}: stage {part!r} is learned side by side; {_HELP}")
     found: dict[str, Any] = {"power": POWERS[0]} if kind == "whiten" else {}
     found |= _parse_options(kind, [option for option in match["options"].split(",") if option], part, text)
+    if kind in LEARNED and (out is None and factor is None) != found.get("shared", False):
+        raise SpecError(f"compressor {text!r}: stage {part!r} is learned side by side; {_HELP}")
+    if found.get("shared") and size is not None and size < LEAST:
+        raise SpecError(f"compressor {text!r}: {part!r} shares {size} numbers a layer, expected {LEAST} or more")
     if size is not None and found.get("nonzeros", 1) > min(size, out or size):
         raise SpecError(f"compressor {text!r}: s={found['nonzeros']} is more than the size of stage {part!r}")
     return Stage(kind, size, out, factor=factor, **found)

@@ -35,8 +35,8 @@ class Method:
     sized: Callable[[int], str]  # the compressor whose rows have side * side entries a layer
     curvature: str
     codec: Callable[[int], str] = lambda side: "float32"  # how such rows are stored
-    least: int = 0  # where a budget allows only smaller sides, the compressor and rows `small` are taken instead
-    small: tuple[Callable[[int], str], str] | None = None
+    least: int = 0  # where a budget allows only smaller sides, `small` is taken instead:
+    small: tuple[Callable[[int], str], str] | None = None  # compressor, by entries a layer in the mean, and rows
     key: str = "block"  # a row for each block, or `all`: one for the gradients of all blocks together
     members: str = "mean"  # how several checkpoints make one score: their mean, or weighted by their learning `rates`
     scale: str = "none"  # what multiplies a row's score: nothing, or its `residual`
@@ -76,8 +76,8 @@ def _lorif_rows(side: int) -> str:
     return f"rank:{max(1, side // 16)}:int4"
 
 
-def _lorif_small(side: int) -> str:
-    return f"whiten:{side}x{side} | rotate"
+def _lorif_small(numbers: int) -> str:
+    return f"whiten:{max(8, numbers)},share | rotate"
 
 
 DEFAULT_SIDE = 64
@@ -90,8 +90,8 @@ METHODS: dict[str, Method] = {
     "tracin": Method("loss", _factgrass, "identity", members="rates"),
     "datainf": Method("loss", _factgrass, "datainf"),
     "trak": Method("margin", _flat, "fim", key="all", scale="residual"),
-    # Where 4-bit rows would be of rank 1, one bit a number is better, in the mean over three models (README).
-    "lorif": Method("loss", _lorif, "lowrank", _lorif_rows, least=32, small=(_lorif_small, "dense:sign")),
+    # Where 4-bit rows would be of rank 3 or less, one bit a number, shared among the layers, is better (README).
+    "lorif": Method("loss", _lorif, "lowrank", _lorif_rows, least=64, small=(_lorif_small, "dense:sign")),
     "kfac": Method("loss", lambda side: "id", "kfac", lambda side: "none"),
     "ekfac": Method("loss", lambda side: "id", "ekfac", lambda side: "none"),
 }

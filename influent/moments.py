@@ -197,6 +197,12 @@ def _live(d: Float[Tensor, "B T O"]) -> Tensor:
     return size > FAINT * size.amax(dim=1, keepdim=True)
 
 
+def eigenvalues(moment: Tensor) -> Float[Tensor, " p"]:
+    """In falling order, none below 0; `moment` is [p, p], or a diagonal [p]."""
+    values = moment.sort().values if moment.ndim == 1 else torch.linalg.eigvalsh(moment)
+    return values.flip(0).clamp(min=0)
+
+
 def basis(moment: Tensor, k: int, *, power: float, damping: float) -> tuple[Tensor, float]:
     """The top k eigenvectors as columns [p, k], each divided by (its eigenvalue + damping * their mean)^power, in
     float64; and the share of the trace that they capture (1 when the moment is zero). `moment` is [p, p], or a diagonal

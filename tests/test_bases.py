@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import format_checker
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from influent.errors import CorruptError, DataError, LayerError, MismatchError, 
 from influent.layers import plan
 from influent.moments import basis
 from influent.rowstore import Index
+from influent.sharing import share
 from influent.storage import Store
 
 CPU = torch.device("cpu")
@@ -92,7 +94,9 @@ def dense(place, index, name):
     return torch.cat([shard.rows(name).double() for shard in Index.open(full).shards])
 
 
-@pytest.mark.parametrize("text", ["whiten:8x8", "whiten:8x8,kfac", "whiten:/2,p=0.25", "pca:8x6,kfac", "pca:4x40"])
+@pytest.mark.parametrize(
+    "text", ["whiten:8x8", "whiten:8x8,kfac", "whiten:/2,p=0.25", "pca:8x6,kfac", "pca:4x40", "whiten:60,share"]
+)
 def test_rows_are_the_gradients_through_the_stored_matrices(place, text):
     out = make_index(place, text.replace(":", "-").replace("/", "f"), text)
     index = Index.open(out)
@@ -191,9 +195,12 @@ def bytes_of(out):
     return {name: store.get(name) for name in store.names() if "catalog" not in name and not name.endswith("spec.json")}
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5])
-def test_a_killed_calibration_resumes(place, stop, monkeypatch):
-    expected = bytes_of(make_index(place, "whole", "whiten:4x4 | rotate"))
+@pytest.mark.parametrize(
+    ("stop", "text"), [(0, "whiten:4x4 | rotate"), (1, "whiten:4x4 | rotate"), (5, "whiten:4x4 | rotate"),
+                       (3, "whiten:16,share"), (17, "whiten:16,share")],
+)  # fmt: skip
+def test_a_killed_calibration_resumes(place, stop, text, monkeypatch):
+    expected = bytes_of(make_index(place, f"whole{len(text)}", text))
     put = ArtifactWriter.put
 
     def dies(self, *args, **kwargs):
@@ -203,23 +210,49 @@ def test_a_killed_calibration_resumes(place, stop, monkeypatch):
 
     monkeypatch.setattr(ArtifactWriter, "put", dies)
     with contextlib.suppress(KeyboardInterrupt):
-        make_index(place, f"killed{stop}", "whiten:4x4 | rotate")
+        make_index(place, f"killed{stop}", text)
     assert not (place / f"killed{stop}" / "spec.json").exists()
     monkeypatch.undo()
-    assert bytes_of(make_index(place, f"killed{stop}", "whiten:4x4 | rotate")) == expected
+    assert bytes_of(make_index(place, f"killed{stop}", text)) == expected
 
 
 def test_passes_and_batches_change_nothing_but_rounding(place, monkeypatch):
     whole = make_index(place, "passes", "whiten:4x4")
     monkeypatch.setattr(attach, "Calibration", functools.partial(bases.Calibration, memory=1))
     passes = []
-    learn = bases.Calibration._learn
-    monkeypatch.setattr(bases.Calibration, "_learn", lambda *args: (passes.append(args), learn(*args)))
+    take = bases.Calibration._moments
+    monkeypatch.setattr(bases.Calibration, "_moments", lambda *args: passes.append(args) or take(*args))
     parts = make_index(place, "parts", "whiten:4x4", token_budget=30)
     assert len(passes) == len(Index.open(whole).keys)
     for one, other in zip(Index.open(whole).shards, Index.open(parts).shards, strict=True):
         for key in Index.open(whole).keys:
             torch.testing.assert_close(one.rows(key), other.rows(key), rtol=1e-2, atol=1e-3)
+
+
+def test_layers_share_a_size_by_what_they_carry(place):
+    out = make_index(place, "shared", "whiten:24,share | rotate", rows="dense:sign")
+    index, stored = Index.open(out), Artifact.open(Store(out).child("bases"), "bases")
+    format_checker.check(place / "shared")
+    spectra, sizes = {}, {}
+    for block in index.spec["layout"]:
+        held = stored.tensors(block["block"])
+        sizes[block["block"]] = {side: held[side].shape[1] for side in ("in", "out")}
+        assert block["width"] == held["in"].shape[1] * held["out"].shape[1]
+        gradients = dense(place, index, block["block"]).view(-1, block["in"], block["out"])
+        moments = {"in": torch.einsum("bio,bjo->ij", gradients, gradients),
+                   "out": torch.einsum("bio,bip->op", gradients, gradients)}  # fmt: skip
+        root = (gradients.square().sum() * len(gradients)).sqrt()
+        spectra[block["block"]] = {side: torch.linalg.eigvalsh(m / root).flip(0) for side, m in moments.items()}
+        told = stored.tensors(bases.SPECTRUM + block["block"])
+        for side, expected in spectra[block["block"]].items():
+            torch.testing.assert_close(told[side], expected, rtol=1e-3, atol=1e-4 * float(expected[0]))
+    exact = {
+        name: {side: stored.tensors(bases.SPECTRUM + name)[side].numpy() for side in ("in", "out")} for name in spectra
+    }
+    assert sizes == share(exact, 24, damping=bases.DAMPING)
+    assert len({tuple(each.values()) for each in sizes.values()}) > 3
+    assert index.layout.row_bytes <= len(sizes) * (24 // 8 + 2)
+    assert set(scores(out)) == {row["id"] for row in index.catalog.describe(list(range(index.n)))}
 
 
 def test_a_sample_is_drawn_by_the_seed(place):

@@ -64,12 +64,12 @@ def test_lorif_stores_bits_where_a_pair_would_be_of_rank_one():
     lorif, (coarse, bits) = METHODS["lorif"], METHODS["lorif"].small or pytest.fail("lorif has no small rows")
     for layers in (1, 4):
         tracked = plan(nn.Sequential(*[nn.Linear(300, 300) for _ in range(layers)]))
-        for each, expected in ((20, "dense:sign"), (60, "dense:sign"), (300, "rank:4:int4")):
+        for each, expected in ((20, "dense:sign"), (60, "dense:sign"), (200, "dense:sign"), (300, "rank:4:int4")):
             size = layers * each
             small = Budget(size, coarse, lambda side: bits)
             text, rows = Budget(size, lorif.sized, lorif.codec, lorif.least, small).choose(tracked)
             assert rows == expected
-            assert row_bytes(Compress.parse(text), Codec.parse(rows), tracked) <= size
+            assert size - layers < row_bytes(Compress.parse(text), Codec.parse(rows), tracked) <= size or "x" in text
     tiny = plan(nn.Sequential(nn.Linear(9, 9)))  # no more to keep: its whole gradients fit
     assert Budget(1000, lorif.sized, lorif.codec, 32, Budget(1000, coarse, lambda side: bits)).choose(tiny)[1] != bits
 

@@ -77,6 +77,8 @@ def test_spaces_around_bars_are_free(factored, flat, bar):
         ("pca:8x4", "pca:8x4"),
         ("pca:/16,grads", "pca:/16"),
         ("whiten:8x4,kfac,p=0.5|rotate", "whiten:8x4,kfac | rotate"),
+        ("whiten:80,share,kfac|rotate", "whiten:80,kfac,share | rotate"),
+        ("pca:8,share", "pca:8,share"),
         ("whiten:8x4,kfac,p=0.25 | mask:9", "whiten:8x4,p=0.25,kfac | mask:9"),
     ],
 )
@@ -115,8 +117,12 @@ LEARNED_OPTIONS = [
 ALLOWED = [
     *((text, f"KIND:K, KIND:AxB or KIND:/F with KIND one of {', '.join(KINDS)}, or first") for text in UNKNOWN),
     *((text, r"sjlt takes s=N(,| and) iid") for text in OPTIONS),
-    *((text, "whiten takes p=0.25 or p=0.5, and kfac or grads") for text in LEARNED_OPTIONS),
+    *((text, "whiten takes p=0.25 or p=0.5, kfac or grads, and share") for text in LEARNED_OPTIONS),
     ("pca:4x4,p=0.5", "option 'p=0.5' is not known; pca takes kfac or grads"),
+    ("whiten:4x4,share", "stage 'whiten:4x4,share' is learned side by side; .*AxB, /F or K,share"),
+    ("whiten:/4,share", "is learned side by side"),
+    ("whiten:7,share", "'whiten:7,share' shares 7 numbers a layer, expected 8 or more"),
+    ("sjlt:64,share", "sjlt takes s=N, iid and balanced"),
     ("mask:4x4 | whiten:2x2", "stage 'whiten:2x2' must be the first"),
     ("pca:4x4 | pca:2x2", "stage 'pca:2x2' must be the first"),
     ("rotate | pca:2x2", "stage 'pca:2x2' must be the first"),

@@ -16,7 +16,7 @@ LEVELS = [
      "gradients", "hashing", "compiled", "loops", "products", "pairproducts",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
-     "ridge", "lexical", "shardrecord"],
+     "ridge", "lexical", "shardrecord", "sharing"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
      "pairs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "live", "ggn", "parameters",

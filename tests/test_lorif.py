@@ -37,7 +37,7 @@ def test_the_name_of_the_method_is_enough(place):
 
 @pytest.mark.parametrize(
     ("size", "compress", "rows"),
-    [(240, "whiten:11x11 | rotate", "dense:sign"), (620, "whiten:32x32", "rank:2:int4")],
+    [(240, "whiten:121,share | rotate", "dense:sign"), (620, "whiten:32x32", "rank:2:int4")],
 )
 def test_row_bytes_size_bases_and_codec_together(size, compress, rows, place, tmp_path):
     out = str(tmp_path / "index")
