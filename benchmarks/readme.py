@@ -51,12 +51,12 @@ def frontier() -> str:
         settings = {(r["projection"], r["codec"], r["budget"]): r for r in found[model]["settings"]}
         values = {name: r["lds at default damping"] for name, r in settings.items()}
         for budget in sorted({r["budget"] for r in settings.values() if r["budget"]}):
-            rule = SMALL if budget < 1000 else RULE
-            ours = settings["whiten 1/2", rule, budget]
-            less = next(c for c in found[model]["comparisons"] if compared(c) == (ours["codec"], "gauss bf16", budget))
+            own = SMALL if budget < 5000 else RULE
+            ours = settings[*own, budget]
+            less = next(c for c in found[model]["comparisons"] if compared(c) == (" ".join(own), "gauss bf16", budget))
             less = less["at default damping"]
             cells = [f"{values[rival, 'bf16', budget]:.2f}" for rival in ("gauss", "factgrass")]
-            cells += [f"**{values['whiten 1/2', rule, budget]:.2f}**",
+            cells += [f"**{values[*own, budget]:.2f}**",
                       f"{less['lds']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"]  # fmt: skip
             lines.append(f"| {title} | {ours['bytes']:,} | {' | '.join(cells)} |")
         exact = settings["id", "bf16", None]
@@ -65,15 +65,33 @@ def frontier() -> str:
             f"({exact['bytes']:,} bytes), GradDot {values['graddot', 'none', None]:.2f}, "
             f"BM25 {values['bm25', 'none', None]:.2f}."
         )
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, "", *notes, "", level(found)])
 
 
-RULE, SMALL = "rank:side/16:int4", "dense:sign"  # what --row-bytes takes for lorif; the second where rank is 1
+def level(found: dict[str, Any]) -> str:
+    """From which rank on rows are level with dense ones of the same projections, and how the largest measured stand."""
+    parts = []
+    for model, title in MODELS:
+        ranks = found[model]["level with dense from rank"]
+        for compress, rank in ranks.items():
+            rows = [r for r in found[model]["one width"] if r["compress"] == compress and r["rows"].startswith("rank:")]
+            last = max((r for r in rows if r["captured"] < 0.9999), key=lambda row: row["bytes"])
+            least, most = (f"{last['less dense'][end]:+.2f}" for end in ("low", "high"))
+            parts.append(
+                f"| {title} | {compress.removeprefix('gauss:')} | {rank or 'none'} | {last['rows'].split(':')[1]} | "
+                f"{last['less dense']['lds']:+.2f} ({least} to {most}) |"
+            )
+    head = "| LoRIF beside LoGRA at the same D | sides | level from rank | highest rank below D | LDS less LoGRA's |"
+    return "\n".join([head, "|---|---|---|---|---|", *parts])
+
+
+# What --row-bytes takes for lorif; the second where sides of 64 do not fit.
+RULE, SMALL = ("whiten 1/2", "rank:side/16:int4"), ("whiten 1/2, shared", "dense:sign")
 MODELS = (("llama", "BBC news, Llama"), ("qwen", "Brown corpus, Qwen2"), ("gpt2", "State of the Union, GPT-2"))
 
 
 def compared(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["ours"].removeprefix("whiten 1/2 "), row["theirs"], row["budget"]
+    return row["ours"], row["theirs"], row["budget"]
 
 
 def lorif() -> str:
