@@ -166,7 +166,8 @@ def level_with_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | None]
     found: dict[str, int | None] = {}
     for compress in dict.fromkeys(row["compress"] for row in rows):
         found[compress] = None
-        ranked = [row for row in rows if row["compress"] == compress and row["rows"].startswith("rank:")]
+        mine = [row for row in rows if row["compress"] == compress and row["rows"].startswith("rank:")]
+        ranked = [row for row in mine if row["captured"] < 0.9999]  # the others are the dense rows
         for row in sorted(ranked, key=lambda row: -row["bytes"]):
             if row["less dense"]["high"] < 0:
                 break
