@@ -56,7 +56,7 @@ class _Worth:
     """What a block's numbers are worth, and how many it has."""
 
     def __init__(self, spectrum: Spectrum, damping: float) -> None:
-        self.sizes = (1,) * len(spectrum)
+        self.sizes: tuple[int, ...] = (1,) * len(spectrum)
         self.weight = sqrt(prod(float(values.sum()) for values in spectrum.values()))
         if len(spectrum) == 1:
             self.weight = sqrt(self.weight)  # of a vector, whose one moment is that of the whole gradient
