@@ -40,8 +40,8 @@ def main() -> None:
     found = [json.loads(path.read_text()) for out in given.out for path in sorted(out.glob("[0-9]*.json"))]
     by_size = {size: [one[size] for one in found if "students" in one.get(size, {})] for size in SIZES}
     by_size = {size: made for size, made in by_size.items() if made}
-    timed = found if given.costs is None else [json.loads(given.costs.read_text())]
-    timed = {size: [one[size]["cost"] for one in timed if "cost" in one.get(size, {})] for size in SIZES}
+    measured = found if given.costs is None else [json.loads(given.costs.read_text())]
+    timed = {size: [one[size]["cost"] for one in measured if "cost" in one.get(size, {})] for size in SIZES}
     document = {
         "environment": found[0]["environment"],
         "seeds": {size: len(made) for size, made in by_size.items()},
@@ -52,6 +52,7 @@ def main() -> None:
         "agreement": {
             size: each([one["agreement"] for one in made if "agreement" in one]) for size, made in by_size.items()
         },
+        "cost environment": measured[0]["environment"],
         "cost": {size: costs(made) for size, made in timed.items() if made},
         "imitation": {size: [without_path(one["imitation"]) for one in made] for size, made in by_size.items()},
     }
