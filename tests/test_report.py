@@ -132,6 +132,8 @@ def test_the_info_page(width: int) -> None:
     assert "fim:relative:0.1: lambda 1e-05 to 1e-05, d_eff 12.3 to 12.3 over 1 layer" in " ".join(text.split())
     bare = page(report.print_info, INFO | {"curvatures": [], "skipped": {}})
     assert "none fitted yet" in bare
+    plain = page(report.print_info, INFO | {"curvatures": [], "notes": {"method": "linfik"}}, 100)
+    assert "none, and a query by this index's method needs none" in plain
     assert "skipped     nothing" in bare
 
 
