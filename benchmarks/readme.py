@@ -93,7 +93,7 @@ RULE, SMALL = ("whiten 1/2", "rank:side/16:int4"), ("whiten 1/2, shared", "dense
 ALIKE = ("whiten 1/2", "dense:sign")  # as SMALL, with one size for all layers
 ASIDE = (
     "\\* Not measured yet with layers that share a row's numbers, as `--row-bytes` has them do: a prototype reached "
-    ".40 on\nQwen2, .48 and .52 on the GPT-2 (docs/log.md)."
+    ".40\n(docs/log.md)."
 )
 MODELS = (("llama", "BBC news, Llama"), ("qwen", "Brown corpus, Qwen2"), ("gpt2", "State of the Union, GPT-2"))
 
