@@ -115,7 +115,7 @@ class Classification:
 
     `asks` is what a query asks about: the `loss` of its label, or the `margin`, log(p / (1 - p)). For one model they
     rank rows alike. In an ensemble a loss counts the members by how wrong they are, and a margin all of them: it
-    foretells better what retraining does (docs/evaluate.md).
+    foretells better what retraining does (docs/scores.md).
     """
 
     asks: str = "loss"
