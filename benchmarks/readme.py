@@ -52,23 +52,20 @@ def frontier() -> str:
         values = {name: r["lds at default damping"] for name, r in settings.items()}
         for budget in sorted({r["budget"] for r in settings.values() if r["budget"]}):
             own = SMALL if budget < 5000 else RULE
-            if missing := (*own, budget) not in settings:
-                own = ALIKE if budget < 1000 else RULE
             ours = settings[*own, budget]
             less = next(c for c in found[model]["comparisons"] if compared(c) == (" ".join(own), "gauss bf16", budget))
             less = less["at default damping"]
             cells = [f"{values[rival, 'bf16', budget]:.2f}" for rival in ("gauss", "factgrass")]
             cells += [f"**{values[*own, budget]:.2f}**",
                       f"{less['lds']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"]  # fmt: skip
-            lines.append(f"| {title} | {ours['bytes']:,}{'*' * missing} | {' | '.join(cells)} |")
+            lines.append(f"| {title} | {ours['bytes']:,} | {' | '.join(cells)} |")
         exact = settings["id", "bf16", None]
         notes.append(
             f"{title}: whole gradients with the exact Fisher matrix {values['id', 'bf16', None]:.2f} "
             f"({exact['bytes']:,} bytes), GradDot {values['graddot', 'none', None]:.2f}, "
             f"BM25 {values['bm25', 'none', None]:.2f}."
         )
-    marked = [] if "* |" not in "\n".join(lines) else [ASIDE, ""]
-    return "\n".join([*lines, "", *marked, *notes, "", level(found)])
+    return "\n".join([*lines, "", *notes, "", level(found)])
 
 
 def level(found: dict[str, Any]) -> str:
@@ -90,11 +87,6 @@ def level(found: dict[str, Any]) -> str:
 
 # What --row-bytes takes for lorif; the second where sides of 64 do not fit.
 RULE, SMALL = ("whiten 1/2", "rank:side/16:int4"), ("whiten 1/2, shared", "dense:sign")
-ALIKE = ("whiten 1/2", "dense:sign")  # as SMALL, with one size for all layers
-ASIDE = (
-    "\\* Not measured yet with layers that share a row's numbers, as `--row-bytes` has them do: a prototype reached "
-    ".40\n(docs/log.md)."
-)
 MODELS = (("llama", "BBC news, Llama"), ("qwen", "Brown corpus, Qwen2"), ("gpt2", "State of the Union, GPT-2"))
 
 
