@@ -13,6 +13,7 @@ from typing import Any
 import environment
 import numpy as np
 from grass_images import COMPRESSORS, DEFAULT, SIZES, TRIED
+from grass_page import DEVICES
 from image_models import new_model
 from image_truth import SETTINGS
 from predictions import COLUMNS, Claim, Judged, ceiling, orderings, tuning, whiskers
@@ -120,16 +121,18 @@ def plot(document: dict[str, Any], path: Path) -> None:
     models = [model for model in SETTINGS if model in document]
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
+        settings = document[model]["settings"]
+        on = next(on for on, column in COLUMNS.items() if any(one[column] is not None for one in settings))
+        column = COLUMNS[on]
         for kind in COMPRESSORS:
-            settings = document[model]["settings"]
-            line = [one for one in settings if one["compressor"] == kind and one["compress_s"] is not None]
+            line = [one for one in settings if one["compressor"] == kind and one[column] is not None]
             if line:
                 found = [one["lds"] for one in line]
                 axis.errorbar(
-                    [one["compress_s"] for one in line], [one["mean"] for one in found], yerr=whiskers(found),
+                    [one[column] for one in line], [one["mean"] for one in found], yerr=whiskers(found),
                     marker="o", capsize=2, label=kind,
                 )  # fmt: skip
-        axis.set(title=model, xscale="log", xlabel="CPU seconds to compress 5,000 gradients", ylabel="LDS")
+        axis.set(title=model, xscale="log", xlabel=f"{DEVICES[on]} seconds to compress 5,000 gradients", ylabel="LDS")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
