@@ -20,6 +20,12 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+# What the loops read at once: theirs and their callers', here because loops.py itself takes llvmlite to import.
+LANES = 16  # numbers of a vector
+STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that a row must have
+PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
+PAIRS = 4  # pairs side by side, which share what is loaded of X
+
 # The arguments of each loop: p for an address, n for a number.
 _ARGUMENTS = {"product": "pnnnnnppn", "between": "pnpnnpnnnpnp", "unpack": "pnnnp"}
 

@@ -11,11 +11,7 @@ from typing import Any
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-LANES = 16
-STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row that are read at once
-PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
-
-PAIRS = 4  # pairs side by side, which share what is loaded of X
+from .compiled import LANES, PAIRS, PLANES, STEP
 
 Value = Any  # llvmlite has no types
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))

@@ -12,11 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .compiled import loop
+from .compiled import LANES, PAIRS, STEP, loop
 from .gradients import PackedPairs
 
-LANES, PAIRS = 16, 4
-STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes read at once; these are those of loops.py
 WIDEST = 4  # vectors of sixteen columns of X that are gone through at once
 LARGEST = 1 << 18  # numbers of X, which is read again for every four pairs: 1 MiB
 

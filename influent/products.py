@@ -17,12 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .codec import PER_BYTE
-from .compiled import loop
+from .compiled import LANES, PLANES, STEP, loop
 from .gradients import Packed
 
-LANES = 16  # numbers of a vector; these three are those of loops.py, which takes llvmlite to import
-STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes that a loop reads at once, and the least that a row must have
-PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them
 LONGEST = 1 << 12  # numbers of all queries of a tile together that a loop goes over: 16 KiB, which stay in cache
 TILE = 4  # queries at a time, unless there is one
 UNROLL = {1: 4, TILE: 2}  # steps of a row that are under way at a time, for tiles of so many queries
