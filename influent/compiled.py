@@ -1,4 +1,4 @@
-"""Loops of loops.py, compiled in memory for the machine at hand when llvmlite (`influent[fast]`) is installed.
+"""Loops compiled in memory for the machine at hand, when llvmlite (`influent[fast]`) is installed.
 
 Where it is not, `usable` says so, and whoever asks takes PyTorch instead: the numbers are the same up to rounding.
 A loop takes 20 to 60 ms to compile, once a process; nothing is left on disk. Here tensors become addresses, so here,
@@ -7,8 +7,10 @@ products.py, packing.py).
 """
 
 import ctypes
+import importlib
 import importlib.util
 import logging
+import platform
 import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -26,8 +28,14 @@ STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 PAIRS = 4  # pairs side by side, which share what is loaded of X
 
-# The arguments of each loop: p for an address, n for a number.
-_ARGUMENTS = {"product": "pnnnnnppn", "between": "pnpnnpnnnpnp", "unpack": "pnnnp"}
+# The module and the arguments of each loop: p for an address, n for a number.
+_LOOPS = {
+    "product": ("loops", "pnnnnnppn"),
+    "between": ("loops", "pnpnnpnnnpnp"),
+    "unpack": ("loops", "pnnnp"),
+}
+_TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw")  # what loops with tiles are compiled for
+_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once
 
 
 @lru_cache(maxsize=1)
@@ -47,15 +55,29 @@ def usable() -> bool:
     return True
 
 
+@lru_cache(maxsize=1)
+def tiles_usable() -> bool:
+    """Whether loops with matrix tiles (AMX) can be compiled and run here: a processor that has them, on Linux, which
+    keeps them from programs that have not asked."""
+    if not usable() or not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    from llvmlite import binding  # pyright: ignore[reportMissingImports]
+
+    if not all(binding.get_host_cpu_features().get(feature) for feature in _TILES):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA) == 0
+
+
 @cache
 def loop(name: str, *options: str | int) -> Callable[..., None]:
-    """The compiled function `name` of loops.py, which says what its arguments are; only where `usable`."""
+    """The compiled function `name` of its module, which says what its arguments are; only where `usable`, and those
+    with tiles only where `tiles_usable`."""
     assert usable()
     from llvmlite import binding  # pyright: ignore[reportMissingImports]
 
-    from . import loops
-
-    module = binding.parse_assembly(getattr(loops, name)(*options))
+    where, arguments = _LOOPS[name]
+    written = importlib.import_module(f".{where}", __package__)
+    module = binding.parse_assembly(getattr(written, name)(*options))
     module.verify()
     target = binding.Target.from_default_triple()
     machine = target.create_target_machine(
@@ -63,7 +85,7 @@ def loop(name: str, *options: str | int) -> Callable[..., None]:
     )
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in _ARGUMENTS[name]]
+    kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in arguments]
     function: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
     function.engine = engine  # which owns the code
     return function

@@ -2,21 +2,19 @@
 
 The order of the sums is the code's, whatever the machine and whatever rows come together: sixteen lanes and a few
 accumulators a row, added in pairs at last. Here is what is compiled; compiled.py has it compiled and calls it. This
-module needs llvmlite, so nothing but compiled.py imports it.
+module needs llvmlite, so nothing but compiled.py imports it. Not here: the pieces that loops are made of (llvm.py), the
+loops for machines with matrix tiles (tiles.py, pairtiles.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence  # noqa
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES, PAIRS, PLANES, STEP
-
-Value = Any  # llvmlite has no types
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F32, F64 = ir.FloatType(), ir.DoubleType()
-ZERO = ir.Constant(ir.VectorType(F32, LANES), [0.0] * LANES)
+from .llvm import (
+    F32, F64, I1, I8, I16, I32, I64, ZERO, Value, all_lanes, finished, function, integer, load, loop, pointer, repeat,
+    spread, store, total,
+)  # fmt: skip
 
 
 def product(bits: str, tile: int, unroll: int) -> str:
@@ -27,33 +25,33 @@ def product(bits: str, tile: int, unroll: int) -> str:
     there. `q` has for each step its planes, each with sixteen float32 for each query. Of signs the sum is over the set
     bits alone.
     """
-    fn, b = _function("product", [_at(I8), I64, I64, I64, I64, I64, _at(F32), _at(F64), I64])
+    fn, b = function("product", [pointer(I8), I64, I64, I64, I64, I64, pointer(F32), pointer(F64), I64])
     codes, stride, n, trips, rest, tail, q, out, apart = fn.args
     planes, each = PLANES[bits], unroll * PLANES[bits]  # accumulators of one query
-    with _loop(b, fn, n) as number:
+    with loop(b, fn, n) as number:
         row = b.gep(codes, [b.mul(stride, number)])
-        state = [_int(0), q, *[ZERO] * (tile * each)]
+        state = [integer(0), q, *[ZERO] * (tile * each)]
         for count, steps, where in ((trips, unroll, None), (rest, 1, None), (_not_negative(b, tail), 1, tail)):
 
             def body(state: list[Value], steps: int = steps, where: Value = where) -> list[Value]:
                 at, asked, *sums = state
                 first = at if where is None else where
                 for step in range(steps):
-                    decoded = _decode(b, row, b.add(first, _int(step * STEP[bits])), bits)
+                    decoded = _decode(b, row, b.add(first, integer(step * STEP[bits])), bits)
                     for plane, x in enumerate(decoded):
                         for query in range(tile):
-                            y = _load(b, asked, F32, _int(((step * planes + plane) * tile + query) * LANES), align=4)
+                            y = load(b, asked, F32, integer(((step * planes + plane) * tile + query) * LANES), align=4)
                             k = query * each + step * planes + plane
                             sums[k] = _accumulate(b, sums[k], x, y)
-                after = b.gep(asked, [_int(steps * planes * tile * LANES)])
-                return [b.add(at, _int(steps * STEP[bits])), after, *sums]
+                after = b.gep(asked, [integer(steps * planes * tile * LANES)])
+                return [b.add(at, integer(steps * STEP[bits])), after, *sums]
 
-            state = _repeat(b, fn, count, state, body)
+            state = repeat(b, fn, count, state, body)
         for query in range(tile):
-            place = b.gep(out, [b.add(b.mul(apart, _int(query)), number)])
-            total = _total(b, state[2 + query * each : 2 + (query + 1) * each])
-            b.store(b.fadd(b.load(place), total), place)
-    return _finished(b)
+            place = b.gep(out, [b.add(b.mul(apart, integer(query)), number)])
+            found = total(b, state[2 + query * each : 2 + (query + 1) * each])
+            b.store(b.fadd(b.load(place), found), place)
+    return finished(b)
 
 
 def between(bits: str, width: int) -> str:
@@ -64,35 +62,36 @@ def between(bits: str, width: int) -> str:
     beyond the numbers of u there must be zero. Whole steps of a side are read: up to 15 bytes beyond the last. The
     space is for the numbers of 2 PAIRS sides, each LANES longer than whole steps, and finite.
     """
-    fn, b = _function("between", [_at(I8), I64, _at(I8), I64, I64, _at(F32), I64, I64, I64, _at(F32), I64, _at(F64)])
+    side = [pointer(I8), I64]
+    fn, b = function("between", [*side, *side, I64, pointer(F32), I64, I64, I64, pointer(F32), I64, pointer(F64)])
     v, size_v, u, size_u, n, x, a, wide, first_column, space, pad, out = fn.args
-    with _loop(b, fn, b.sdiv(b.add(n, _int(PAIRS - 1)), _int(PAIRS))) as group:
+    with loop(b, fn, b.sdiv(b.add(n, integer(PAIRS - 1)), integer(PAIRS))) as group:
         inputs, outputs, places = [], [], []
         for k in range(PAIRS):
-            number = b.add(b.mul(group, _int(PAIRS)), _int(k))
-            number = b.select(b.icmp_signed("<", number, n), number, b.sub(n, _int(1)))  # the last is done again
+            number = b.add(b.mul(group, integer(PAIRS)), integer(k))
+            number = b.select(b.icmp_signed("<", number, n), number, b.sub(n, integer(1)))  # the last is done again
             places.append(b.gep(out, [number]))
             for codes, size, sides, at in ((v, size_v, inputs, k), (u, size_u, outputs, PAIRS + k)):
-                sides.append(b.gep(space, [b.mul(pad, _int(at))]))
+                sides.append(b.gep(space, [b.mul(pad, integer(at))]))
                 _unpack_steps(b, fn, b.gep(codes, [b.mul(size, number)]), size, sides[-1], bits)
         columns = b.gep(x, [first_column])
 
         def body(state: list[Value]) -> list[Value]:
             i, row, *sums = state
-            parts = [_load(b, row, F32, _int(k * LANES), align=4) for k in range(width)]
+            parts = [load(b, row, F32, integer(k * LANES), align=4) for k in range(width)]
             for pair in range(PAIRS):
-                factor = _spread(b, b.load(b.gep(inputs[pair], [i]), align=4))
+                factor = spread(b, b.load(b.gep(inputs[pair], [i]), align=4))
                 for k in range(width):
                     sums[pair * width + k] = _accumulate(b, sums[pair * width + k], factor, parts[k])
-            return [b.add(i, _int(1)), b.gep(row, [wide]), *sums]
+            return [b.add(i, integer(1)), b.gep(row, [wide]), *sums]
 
-        _, _, *sums = _repeat(b, fn, a, [_int(0), columns, *[ZERO] * (PAIRS * width)], body)
+        _, _, *sums = repeat(b, fn, a, [integer(0), columns, *[ZERO] * (PAIRS * width)], body)
         for pair in range(PAIRS):
             side = b.gep(outputs[pair], [first_column])
-            parts = [_load(b, side, F32, _int(k * LANES), align=4) for k in range(width)]
+            parts = [load(b, side, F32, integer(k * LANES), align=4) for k in range(width)]
             products = [b.fmul(sums[pair * width + k], parts[k]) for k in range(width)]
-            b.store(_total(b, products), places[pair])
-    return _finished(b)
+            b.store(total(b, products), places[pair])
+    return finished(b)
 
 
 def unpack(bits: str) -> str:
@@ -100,56 +99,56 @@ def unpack(bits: str) -> str:
 
     (codes, bytes of a row, rows, numbers of a row, out)
     """
-    fn, b = _function("unpack", [_at(I8), I64, I64, I64, _at(F32)])
+    fn, b = function("unpack", [pointer(I8), I64, I64, I64, pointer(F32)])
     codes, size, n, length, out = fn.args
     step, planes = STEP[bits], PLANES[bits]
-    with _loop(b, fn, n) as row:
+    with loop(b, fn, n) as row:
         here, there = b.gep(codes, [b.mul(row, size)]), b.gep(out, [b.mul(row, length)])
         # Whole steps that end within the row: an odd number of int4 leaves half of the last byte without a number.
         per = LANES * planes // step
-        whole = b.sdiv(b.sdiv(length, _int(per)), _int(step))
-        with _loop(b, fn, whole) as i:
-            at = b.mul(i, _int(step))
+        whole = b.sdiv(b.sdiv(length, integer(per)), integer(step))
+        with loop(b, fn, whole) as i:
+            at = b.mul(i, integer(step))
             for plane, x in enumerate(_decode(b, here, at, bits)):
-                to = b.add(b.mul(i, _int(LANES)), b.mul(size, _int(plane)))
-                _store(b, _numbers(b, x), b.gep(there, [to]))
+                to = b.add(b.mul(i, integer(LANES)), b.mul(size, integer(plane)))
+                store(b, _numbers(b, x), b.gep(there, [to]))
         for plane in range(planes):
             end = length if planes == 1 else size if plane == 0 else b.sub(length, size)
-            done = b.mul(whole, _int(LANES))
-            with _loop(b, fn, b.sub(end, done)) as i:
+            done = b.mul(whole, integer(LANES))
+            with loop(b, fn, b.sub(end, done)) as i:
                 number = b.add(done, i)
                 x = _one(b, here, number, bits, plane)
-                b.store(x, b.gep(there, [b.add(number, b.mul(size, _int(plane)))]), align=4)
-    return _finished(b)
+                b.store(x, b.gep(there, [b.add(number, b.mul(size, integer(plane)))]), align=4)
+    return finished(b)
 
 
 def _unpack_steps(b: Value, fn: Value, codes: Value, size: Value, to: Value, bits: str) -> None:
     """The numbers of one side as float32, in whole steps: what a plane writes too far the next plane writes over."""
     step = STEP[bits]
     for plane in range(PLANES[bits]):
-        with _loop(b, fn, b.sdiv(b.add(size, _int(step - 1)), _int(step))) as i:
-            x = _numbers(b, _decode(b, codes, b.mul(i, _int(step)), bits)[plane])
-            _store(b, x, b.gep(to, [b.add(b.mul(i, _int(LANES)), b.mul(size, _int(plane)))]))
+        with loop(b, fn, b.sdiv(b.add(size, integer(step - 1)), integer(step))) as i:
+            x = _numbers(b, _decode(b, codes, b.mul(i, integer(step)), bits)[plane])
+            store(b, x, b.gep(to, [b.add(b.mul(i, integer(LANES)), b.mul(size, integer(plane)))]))
 
 
 def _decode(b: Value, row: Value, at: Value, bits: str) -> list[Value]:
     """The planes of the step that starts at byte `at`: float32, or of signs what bits are set."""
     if bits == "sign":
-        return [b.bitcast(b.load(b.bitcast(b.gep(row, [at]), _at(I16)), align=1), ir.VectorType(I1, LANES))]
+        return [b.bitcast(b.load(b.bitcast(b.gep(row, [at]), pointer(I16)), align=1), ir.VectorType(I1, LANES))]
     numbers = ir.VectorType(F32, LANES)
-    x = b.sext(_load(b, row, I8, at, align=1), ir.VectorType(I32, LANES))
+    x = b.sext(load(b, row, I8, at, align=1), ir.VectorType(I32, LANES))
     if bits == "int8":
         return [b.sitofp(x, numbers)]
-    low = b.ashr(b.shl(x, _all(I32, 28)), _all(I32, 28))
-    return [b.sitofp(low, numbers), b.sitofp(b.ashr(x, _all(I32, 4)), numbers)]
+    low = b.ashr(b.shl(x, all_lanes(I32, 28)), all_lanes(I32, 28))
+    return [b.sitofp(low, numbers), b.sitofp(b.ashr(x, all_lanes(I32, 4)), numbers)]
 
 
 def _one(b: Value, row: Value, number: Value, bits: str, plane: int) -> Value:
     """One number of a plane, float32."""
-    byte = b.lshr(number, _int(3)) if bits == "sign" else number
+    byte = b.lshr(number, integer(3)) if bits == "sign" else number
     x = b.sext(b.load(b.gep(row, [byte])), I32)
     if bits == "sign":
-        bit = b.and_(b.lshr(x, b.trunc(b.and_(number, _int(7)), I32)), ir.Constant(I32, 1))
+        bit = b.and_(b.lshr(x, b.trunc(b.and_(number, integer(7)), I32)), ir.Constant(I32, 1))
         return b.sitofp(b.sub(ir.Constant(I32, 1), b.shl(bit, ir.Constant(I32, 1))), F32)
     if bits == "int4":
         x = b.ashr(x if plane else b.shl(x, ir.Constant(I32, 28)), ir.Constant(I32, 4 if plane else 28))
@@ -158,17 +157,7 @@ def _one(b: Value, row: Value, number: Value, bits: str, plane: int) -> Value:
 
 def _numbers(b: Value, x: Value) -> Value:
     """What was decoded as numbers: of bits -1 where they are set, else 1."""
-    return b.select(x, _all(F32, -1.0), _all(F32, 1.0)) if x.type.element == I1 else x
-
-
-def _store(b: Value, x: Value, to: Value) -> None:
-    b.store(x, b.bitcast(to, _at(x.type)), align=4)
-
-
-def _spread(b: Value, x: Value) -> Value:
-    """Sixteen times x."""
-    one = b.insert_element(ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined), x, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+    return b.select(x, all_lanes(F32, -1.0), all_lanes(F32, 1.0)) if x.type.element == I1 else x
 
 
 def _accumulate(b: Value, total: Value, x: Value, y: Value) -> Value:
@@ -178,79 +167,5 @@ def _accumulate(b: Value, total: Value, x: Value, y: Value) -> Value:
     return b.fadd(total, b.fmul(x, y, flags=["contract"]), flags=["contract"])
 
 
-def _total(b: Value, parts: Sequence[Value]) -> Value:
-    """The sum of all lanes, float64 of a float32 sum: halves are added to halves."""
-    parts = list(parts)
-    while len(parts) > 1:
-        parts = [b.fadd(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
-    x, lanes = parts[0], LANES
-    while lanes > 1:
-        lanes //= 2
-        halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(lo, lo + lanes))) for lo in (0, lanes)]
-        low, high = (b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves)
-        x = b.fadd(low, high)
-    return b.fpext(b.extract_element(x, ir.Constant(I32, 0)), F64)
-
-
-@contextmanager
-def _loop(b: Value, fn: Value, count: Value) -> Iterator[Value]:
-    """`with _loop(...) as i`: what follows is done for i = 0 to count - 1."""
-    before = b.block
-    head, body, end = (fn.append_basic_block() for _ in range(3))
-    b.branch(head)
-    b.position_at_end(head)
-    i = b.phi(I64)
-    b.cbranch(b.icmp_signed("<", i, count), body, end)
-    b.position_at_end(body)
-    yield i
-    i.add_incoming(_int(0), before)
-    i.add_incoming(b.add(i, _int(1)), b.block)
-    b.branch(head)
-    b.position_at_end(end)
-
-
-def _repeat(b: Value, fn: Value, count: Value, state: list[Value], body: Callable[[list[Value]], list[Value]]):
-    """The state after `count` times `body`, in registers all along."""
-    before = b.block
-    head, inside, end = (fn.append_basic_block() for _ in range(3))
-    b.branch(head)
-    b.position_at_end(head)
-    left, held = b.phi(I64), [b.phi(x.type) for x in state]
-    b.cbranch(b.icmp_signed(">", left, _int(0)), inside, end)
-    b.position_at_end(inside)
-    for phi, start, next_ in zip([left, *held], [count, *state], [b.sub(left, _int(1)), *body(held)], strict=True):
-        phi.add_incoming(start, before)
-        phi.add_incoming(next_, b.block)
-    b.branch(head)
-    b.position_at_end(end)
-    return held
-
-
-def _function(name: str, types: Sequence[Value]) -> tuple[Value, Value]:
-    fn = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), types), name)
-    return fn, ir.IRBuilder(fn.append_basic_block())
-
-
-def _finished(b: Value) -> str:
-    b.ret_void()
-    return str(b.module)
-
-
-def _at(of: Value) -> Value:
-    return of.as_pointer()
-
-
-def _int(x: int) -> Value:
-    return ir.Constant(I64, x)
-
-
-def _all(of: Value, x: int | float) -> Value:
-    return ir.Constant(ir.VectorType(of, LANES), [x] * LANES)
-
-
-def _load(b: Value, pointer: Value, of: Value, offset: Value, *, align: int) -> Value:
-    return b.load(b.bitcast(b.gep(pointer, [offset]), _at(ir.VectorType(of, LANES))), align=align)
-
-
 def _not_negative(b: Value, x: Value) -> Value:
-    return b.zext(b.icmp_signed(">=", x, _int(0)), I64)
+    return b.zext(b.icmp_signed(">=", x, integer(0)), I64)
