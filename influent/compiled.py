@@ -27,12 +27,21 @@ LANES = 16  # numbers of a vector
 STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that a row must have
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 PAIRS = 4  # pairs side by side, which share what is loaded of X
+TILE_STEP = {"bfloat16": 64, "int8": 64, "int4": 32, "sign": 8}  # bytes of a row that a left tile has
+# Steps of a row that are summed before they are weighed, for one right tile a step and for three: those of bfloat16 are
+# float32 sums; unpacked bytes and three right tiles a step stay in cache.
+TILE_PIECE = {
+    ("bfloat16", 1): 128, ("int8", 1): 128, ("int4", 1): 32, ("sign", 1): 32,
+    ("bfloat16", 3): 32, ("int8", 3): 32, ("int4", 3): 32, ("sign", 3): 32,
+}  # fmt: skip
+TILE_LINE = 8  # numbers of a line of their tables
 
 # The module and the arguments of each loop: p for an address, n for a number.
 _LOOPS = {
     "product": ("loops", "pnnnnnppn"),
     "between": ("loops", "pnpnnpnnnpnp"),
     "unpack": ("loops", "pnnnp"),
+    "dense": ("tiles", "pnnnnnnpp"),
 }
 _TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw")  # what loops with tiles are compiled for
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once

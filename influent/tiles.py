@@ -1,0 +1,262 @@
+"""Loops over dense stored rows on the matrix tiles of x86 (AMX), as LLVM code: sixteen rows against sixteen columns.
+
+A table has a line for each block, so that one call scores the rows of all of them. A block's queries lie ready as right
+tiles, `tiles` of them a step for each group of queries; sixteen rows are the left tile: the stored bytes themselves of
+bfloat16 and int8, and codes unpacked to bytes of int4 and sign. Integer sums are exact. Those of bfloat16 are float32
+over a piece of TILE_PIECE steps and float64 beyond. A row meets the same sums in the same order whatever rows it comes
+with.
+
+What a left tile holds beyond its row is multiplied by zeros: it is the next row's, so that of bfloat16 a row that is
+not finite makes the one before it NaN, too. Nothing is read beyond the last row: rows that end too near it are copied.
+This module needs llvmlite, so nothing but compiled.py imports it. Not here: what the tiles hold (tileproducts.py).
+"""
+
+from dataclasses import dataclass  # noqa: I001
+
+from llvmlite import ir  # pyright: ignore[reportMissingImports]
+
+from .compiled import LANES, TILE_LINE, TILE_PIECE, TILE_STEP
+from .llvm import (
+    F32, F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
+    spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
+)  # fmt: skip
+
+TILE = TILE_ROWS * TILE_BYTES
+SUMS = 8 * TILE  # bytes of the space for accumulators; unpacked codes follow, then the rows that are copied
+BYTES = ir.VectorType(I8, TILE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of one block, where they lie, and what they are multiplied with."""
+
+    codes: Value
+    stride: Value
+    scales: Value
+    count: Value
+    steps: Value
+    right: Value
+    weights: Value
+    constant: Value
+    wide: Value
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The function that is being written: its kind of rows, and the arguments that all of its parts use."""
+
+    b: Value
+    fn: Value
+    bits: str
+    tiles: int
+    groups: Value
+    apart: Value  # numbers from group to group in `wide`
+    space: Value
+
+    @property
+    def chains(self) -> int:
+        """Sums of each tile that are under way at a time: a product waits for the one before it of its own."""
+        return 4 if self.tiles == 1 else 2
+
+    @property
+    def unpacks(self) -> bool:
+        return self.bits in ("int4", "sign")
+
+
+def dense(bits: str, tiles: int) -> str:
+    """The module of a function that adds the weighted sums of `rows` rows from `first` on to `wide`.
+
+    (table, lines, first, rows, rows that there are, first group, groups, wide, space): a line of the table has the
+    addresses of the rows and of their scales, the bytes of a row, its steps, and the addresses of the right tiles
+    [groups, steps, tiles], of the weights [groups, tiles, 16] float64 and of what is added to a row's sums before they
+    are scaled [groups, 16] float64. `wide` is [groups, rows, 16] float64.
+    """
+    fn, b = function("dense", [pointer(I64), *[I64] * 6, pointer(F64), pointer(I8)])
+    table, lines, first, rows, there, first_group, groups, wide, space = fn.args
+    made = _Loop(b, fn, bits, tiles, groups, b.mul(rows, integer(LANES)), space)
+    copies = b.gep(space, [integer(SUMS + (TILE_PIECE[bits, tiles] * TILE if made.unpacks else 0))])
+    tiles_begin(b)
+    with loop(b, fn, lines) as number:
+        line = b.gep(table, [b.mul(number, integer(TILE_LINE))])
+        codes, scales, stride, steps, *asked = (b.load(b.gep(line, [integer(i)])) for i in range(7))
+        codes = b.add(codes, b.mul(first, stride))
+        scales = b.inttoptr(b.add(scales, b.mul(first, integer(2))), pointer(I16))
+        sizes = [b.mul(steps, integer(tiles * TILE)), integer(tiles * LANES * 8), integer(LANES * 8)]
+        asked = [b.add(start, b.mul(first_group, size)) for start, size in zip(asked, sizes, strict=True)]
+        right, weights, constant = (b.inttoptr(x, pointer(kind)) for x, kind in zip(asked, (I8, F64, F64), strict=True))
+        size = b.mul(steps, integer(TILE_STEP[bits]))
+        safe = _safe(b, b.sub(there, first), rows, stride, size)
+        rest, held = b.sub(rows, safe), b.and_(b.add(size, integer(TILE_BYTES - 1)), integer(-TILE_BYTES))
+        _copy(made, b.inttoptr(b.add(codes, b.mul(safe, stride)), pointer(I8)), rest, stride, copies, held)
+        with loop(b, fn, integer(2)) as turn:  # the rows where they lie, then those that were copied
+            here = b.icmp_signed("==", turn, integer(0))
+            at = b.select(here, integer(0), safe)
+            place = b.select(here, b.inttoptr(codes, pointer(I8)), copies)
+            _score(
+                made,
+                _Rows(
+                    place, b.select(here, stride, held), b.gep(scales, [at]), b.select(here, safe, rest), steps,
+                    right, weights, constant, b.gep(wide, [b.mul(at, integer(LANES))]),
+                ),
+            )  # fmt: skip
+    tiles_end(b)
+    return finished(b)
+
+
+def _safe(b: Value, there: Value, rows: Value, stride: Value, size: Value) -> Value:
+    """How many of the rows, in whole groups of sixteen, can be read `size` bytes wide within the rows there are."""
+    count = b.sdiv(b.sub(b.mul(b.add(there, integer(1)), stride), size), stride)
+    count = b.select(b.icmp_signed("<", count, rows), count, rows)
+    return b.and_(b.select(b.icmp_signed(">", count, integer(0)), count, integer(0)), integer(-TILE_ROWS))
+
+
+def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, held: Value) -> None:
+    """Rows with zeros behind them, `held` bytes each."""
+    b, fn = made.b, made.fn
+    lanes = ir.Constant(BYTES, list(range(TILE_BYTES)))
+    kinds = [pointer(BYTES), I32, ir.VectorType(I1, TILE_BYTES), BYTES]
+    masked = ir.Function(b.module, ir.FunctionType(BYTES, kinds), "llvm.masked.load.v64i8.p0")
+    with loop(b, fn, count) as row, loop(b, fn, b.sdiv(held, integer(TILE_BYTES))) as piece:
+        at = b.mul(piece, integer(TILE_BYTES))
+        left = b.sub(stride, at)
+        left = b.trunc(b.select(b.icmp_signed("<", left, integer(TILE_BYTES)), left, integer(TILE_BYTES)), I8)
+        mask = b.icmp_signed("<", lanes, _bytes(b, left))
+        start = b.bitcast(b.gep(codes, [b.add(b.mul(row, stride), at)]), pointer(BYTES))
+        x = b.call(masked, [start, ir.Constant(I32, 1), mask, ir.Constant(BYTES, [0] * TILE_BYTES)])
+        _put(b, x, b.gep(to, [b.add(b.mul(row, held), at)]))
+
+
+def _score(made: _Loop, rows: _Rows) -> None:
+    """wide += the rows' sums: piece after piece of a row, sixteen rows after sixteen, one group after another."""
+    b, fn, piece = made.b, made.fn, TILE_PIECE[made.bits, made.tiles]
+    with (
+        loop(b, fn, b.sdiv(b.add(rows.steps, integer(piece - 1)), integer(piece))) as number,
+        loop(b, fn, b.sdiv(b.add(rows.count, integer(TILE_ROWS - 1)), integer(TILE_ROWS))) as sixteen,
+    ):
+        start, first = b.mul(number, integer(piece)), b.mul(sixteen, integer(TILE_ROWS))
+        steps = _least(b, b.sub(rows.steps, start), integer(piece))
+        count = _least(b, b.sub(rows.count, first), integer(TILE_ROWS))
+        at = b.add(b.mul(first, rows.stride), b.mul(start, integer(TILE_STEP[made.bits])))
+        left, stride, apart = b.gep(rows.codes, [at]), rows.stride, TILE_BYTES
+        if made.unpacks:
+            planes = b.gep(made.space, [integer(SUMS)])
+            _unpack(made, left, stride, steps, planes)
+            left, stride, apart = planes, integer(TILE_BYTES), TILE
+        with loop(b, fn, made.groups) as group:
+            skipped = b.add(b.mul(group, rows.steps), start)
+            right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * TILE))])
+            _multiply(made, left, stride, apart, right, steps)
+            into = b.add(b.mul(group, made.apart), b.mul(first, integer(LANES)))
+            begins = b.uitofp(b.icmp_signed("==", number, integer(0)), F64)
+            _weigh(made, rows, group, b.gep(rows.wide, [into]), b.gep(rows.scales, [first]), count, begins)
+
+
+def _unpack(made: _Loop, left: Value, stride: Value, steps: Value, to: Value) -> None:
+    """Sixteen rows' codes as bytes, tile after tile: of int4 sixteen times a number, the low halves of 64 bytes and
+    then their high halves; of sign -1 where a bit is set."""
+    b, fn = made.b, made.fn
+    planes = 2 if made.bits == "int4" else 1
+    with loop(b, fn, b.sdiv(steps, integer(planes))) as step:
+        at = b.gep(left, [b.mul(step, integer(planes * TILE_STEP[made.bits]))])
+        there = b.gep(to, [b.mul(step, integer(planes * TILE))])
+        for row in range(TILE_ROWS):
+            place = b.gep(at, [b.mul(stride, integer(row))])
+            if made.bits == "sign":
+                x = b.load(b.bitcast(place, pointer(I64)), align=1)
+                found = [b.sext(b.bitcast(x, ir.VectorType(I1, TILE_BYTES)), BYTES)]
+            else:
+                x = b.load(b.bitcast(place, pointer(BYTES)), align=1)
+                found = [
+                    b.shl(x, ir.Constant(BYTES, [4] * TILE_BYTES)),
+                    b.and_(x, ir.Constant(BYTES, [-16] * TILE_BYTES)),
+                ]
+            for plane, x in enumerate(found):
+                _put(b, x, b.gep(there, [integer(plane * TILE + row * TILE_BYTES)]))
+
+
+def _multiply(made: _Loop, left: Value, stride: Value, apart: int, right: Value, steps: Value) -> None:
+    """The accumulators are the products of sixteen rows with a group of queries: step i goes to the chain i mod
+    `chains`."""
+    b, fn, chains, tiles = made.b, made.fn, made.chains, made.tiles
+    kind = "bfloat16" if made.bits == "bfloat16" else "int8"
+    for tile in range(chains * tiles):
+        tile_zero(b, tile)
+
+    def step(chain: int, left: Value, right: Value, ahead: int) -> None:
+        x = 4 + chain % 2 * 2 if tiles == 1 else 6
+        tile_load(b, x, b.gep(left, [integer(ahead * apart)]), stride)
+        for tile in range(tiles):
+            tile_load(b, x + 1, b.gep(right, [integer((ahead * tiles + tile) * TILE)]), integer(TILE_BYTES))
+            tile_product(b, kind, chain * tiles + tile, x, x + 1)
+
+    def body(state: list[Value]) -> list[Value]:
+        for chain in range(chains):
+            step(chain, *state, chain)
+        return [b.gep(state[0], [integer(chains * apart)]), b.gep(state[1], [integer(chains * tiles * TILE)])]
+
+    left, right = repeat(b, fn, b.sdiv(steps, integer(chains)), [left, right], body)
+    rest = b.srem(steps, integer(chains))
+    for chain in range(chains - 1):
+        with loop(b, fn, b.zext(b.icmp_signed(">", rest, integer(chain)), I64)):
+            step(chain, left, right, chain)
+
+
+def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, count: Value, begins: Value) -> None:
+    """wide += scale * (weights * sums + constant), the constant where a row begins."""
+    b, fn, tiles = made.b, made.fn, made.tiles
+    for tile in range(made.chains * tiles):
+        tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(TILE_BYTES))
+    number = F32 if made.bits == "bfloat16" else I32
+    weights = b.gep(rows.weights, [b.mul(group, integer(tiles * LANES))])
+    weights = [_doubles(b, b.gep(weights, [integer(tile * LANES)])) for tile in range(tiles)]
+    constant = _doubles(b, b.gep(rows.constant, [b.mul(group, integer(LANES))]))
+    constant = b.fmul(constant, spread(b, begins))
+    with loop(b, fn, count) as row:
+        total = constant
+        for tile in range(tiles):
+            parts = []
+            for chain in range(made.chains):
+                at = b.add(b.mul(row, integer(TILE_BYTES)), integer((chain * tiles + tile) * TILE))
+                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, LANES)))
+                parts.append(b.load(place, align=64))
+            total = _plus(b, total, _sum(b, parts), weights[tile])
+        place = b.gep(into, [b.mul(row, integer(LANES))])
+        before = _doubles(b, place)
+        if made.bits == "bfloat16":
+            found = b.fadd(before, total)
+        else:
+            bits = b.shl(b.zext(b.load(b.gep(scales, [row])), I32), ir.Constant(I32, 16))
+            scale = spread(b, b.fpext(b.bitcast(bits, F32), F64))
+            found = b.fadd(before, b.fmul(total, scale, flags=["contract"]), flags=["contract"])
+        b.store(found, b.bitcast(place, pointer(found.type)), align=8)
+
+
+def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
+    numbers = ir.VectorType(F64, LANES)
+    x = b.sitofp(sums, numbers) if sums.type.element == I32 else b.fpext(sums, numbers)
+    return b.fadd(total, b.fmul(x, weights, flags=["contract"]), flags=["contract"])
+
+
+def _sum(b: Value, parts: list[Value]) -> Value:
+    add = b.add if parts[0].type.element == I32 else b.fadd
+    while len(parts) > 1:
+        parts = [add(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _doubles(b: Value, at: Value) -> Value:
+    return b.load(b.bitcast(at, pointer(ir.VectorType(F64, LANES))), align=8)
+
+
+def _least(b: Value, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def _bytes(b: Value, x: Value) -> Value:
+    """The byte x in every lane."""
+    one = b.insert_element(ir.Constant(BYTES, ir.Undefined), x, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, TILE_BYTES), [0] * TILE_BYTES))
+
+
+def _put(b: Value, x: Value, to: Value) -> None:
+    b.store(x, b.bitcast(to, pointer(x.type)), align=64)

@@ -1,0 +1,183 @@
+"""Products on the processor's tiles are the float64 ones of the decoded rows, whatever the rows come with."""
+
+import ctypes
+import mmap
+import threading
+
+import pytest
+import torch
+
+from influent import compiled, tileproducts
+from influent.codec import Codec
+from influent.coding import decode, encode
+from influent.tileproducts import DenseProgram
+from tests.test_digits import asked
+
+pytestmark = pytest.mark.skipif(not compiled.tiles_usable(), reason="this machine has no matrix tiles (AMX, llvmlite)")
+BITS = ["bfloat16", "int8", "int4", "sign"]
+
+
+class Stored:
+    """Rows of one block as a shard holds them, and what they decode to."""
+
+    def __init__(self, x: torch.Tensor, bits: str):
+        codec = Codec(None, bits)
+        tensors = encode(codec, x, None, key="k").tensors
+        self.codes, self.scale, self.bits = tensors["k"], tensors.get("k.scale"), bits
+        self.numbers = decode(codec, tensors, "k", x.shape[1], None).flat().double()
+        self.unscaled = self.numbers / (1.0 if self.scale is None else self.scale.double()[:, None])
+
+    def place(self, lo: int = 0) -> tuple[int, int]:
+        stride = self.codes.stride(0) * self.codes.element_size()
+        return self.codes.data_ptr() + lo * stride, 0 if self.scale is None else self.scale.data_ptr() + 2 * lo
+
+    def exact(self, q: torch.Tensor) -> torch.Tensor:
+        return q.double() @ self.numbers.T
+
+
+def stored(bits: str, n: int, width: int, *, seed: int = 0) -> Stored:
+    return Stored(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), bits)
+
+
+def added(q: torch.Tensor, row: Stored, lo: int = 0, hi: int | None = None) -> torch.Tensor:
+    scores = torch.zeros(len(q), (len(row.codes) if hi is None else hi) - lo, dtype=torch.float64)
+    DenseProgram.of(("k",), [q], row.bits).add(scores, [row.place(lo)])
+    return scores
+
+
+def error(q: torch.Tensor, row: Stored, got: torch.Tensor) -> float:
+    """The largest, as a share of |q| |row|."""
+    return float(((got - row.exact(q)).abs() / (q.double().norm(dim=1)[:, None] * row.numbers.norm(dim=1))).max())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", [*range(1, 71, 3), 8, 32, 63, 64, 65, 127, 324, 1001, 4097, 9001])
+def test_products_are_those_of_the_decoded_rows(bits, width):
+    for n, num_queries in ((1, 1), (2, 5), (15, 6), (16, 2), (17, 16), (40, 17), (100, 33), (100, 3)):
+        row, q = stored(bits, n, width, seed=n), asked(num_queries, width, tail=1.0)
+        assert error(q, row, added(q, row)) < 3e-7
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("num_queries", [1, 7])
+def test_the_error_is_within_what_the_module_promises(bits, num_queries):
+    """Numbers of one sign, whose rounding errors do not cancel."""
+    row = stored(bits, 19, 20_000)
+    q = (row.numbers[:1].sign() * (1 + asked(num_queries, 20_000).abs())).float()
+    q[:, 0] *= 1000
+    if bits == "bfloat16":
+        bound = (16 + 32 + 3) * 2**-24 * (q.double().abs() @ row.numbers.abs().T)
+    else:
+        least = 2**-24 * (2 if bits == "sign" else 1) * q.double().abs().amax(1)
+        bound = least[:, None] * row.numbers.abs().sum(1) + 1e-13 * (q.double().abs() @ row.numbers.abs().T)
+    assert bool(((added(q, row) - row.exact(q)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("num_queries", [1, 6, 33])
+@pytest.mark.parametrize("width", [9, 200, 9001])
+def test_a_row_scores_the_same_to_the_bit_in_any_company(bits, num_queries, width, monkeypatch):
+    row, q = stored(bits, 53, width), asked(num_queries, width)
+    whole = added(q, row)
+    for lo, hi in ((0, 1), (5, 22), (31, 53), (52, 53), (3, 52)):
+        assert torch.equal(added(q, row, lo, hi), whole[:, lo:hi])
+    monkeypatch.setattr(tileproducts, "WIDE", 1 << 12)
+    monkeypatch.setattr(tileproducts, "GROUPS", 2)
+    assert torch.equal(added(q, row), whole)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_call_scores_all_blocks(bits):
+    widths = [5, 324, 64, 324, 1, 324, 64]
+    rows = [stored(bits, 41, width, seed=i) for i, width in enumerate(widths)]
+    for num_queries in (2, 20):
+        queries = [asked(num_queries, width) * 10.0 ** (i - 3) for i, width in enumerate(widths)]
+        program = DenseProgram.of([str(i) for i in range(7)], queries, bits)
+        assert program.keys == tuple("0123456")
+        before = torch.randn(num_queries, 41, dtype=torch.float64)
+        scores = before.clone()
+        program.add(scores, [row.place() for row in rows])
+        exact = sum(row.exact(q) for row, q in zip(rows, queries, strict=True))
+        torch.testing.assert_close(scores - before, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+        spread = torch.zeros(41, num_queries, dtype=torch.float64).T  # scores that lie otherwise, and no rows
+        program.add(spread, [row.place() for row in rows])
+        torch.testing.assert_close(spread, scores - before, rtol=0, atol=1e-9 * float(exact.abs().max()))
+        program.add(torch.zeros(num_queries, 0, dtype=torch.float64), [row.place() for row in rows])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_is_read_beyond_the_last_row(bits):
+    """The rows end where the memory does: a byte more would end the process."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+    held = mmap.mmap(-1, 64 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    assert libc.mprotect(ctypes.c_void_p(start + 63 * page), ctypes.c_size_t(page), 0) == 0
+    for width in (1, 7, 8, 9, 31, 33, 64, 65, 127, 130, 700, 1001):
+        for n in (1, 2, 15, 16, 17, 33, 50):
+            row = stored(bits, n, width)
+            size = row.codes.numel() * row.codes.element_size()
+            end = start + 63 * page
+            ctypes.memmove(end - size, row.codes.data_ptr(), size)
+            for num_queries in (1, 6):
+                q, scores = asked(num_queries, width), torch.zeros(num_queries, n, dtype=torch.float64)
+                DenseProgram.of(("k",), [q], bits).add(scores, [(end - size, row.place()[1])])
+                assert torch.equal(scores, added(q, row))
+    assert libc.mprotect(ctypes.c_void_p(start + 63 * page), ctypes.c_size_t(page), 3) == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1e-40, 1e-38, 1e30, 3e38])
+def test_tiny_and_huge_queries_and_queries_of_zeros(bits, size):
+    row, q = stored(bits, 18, 500), asked(3, 500)
+    q = q / q.abs().amax(1, keepdim=True) * size
+    q[1] = 0
+    got, exact = added(q, row), row.exact(q)
+    assert bool((got[1] == 0).all())
+    assert float((got - exact)[[0, 2]].abs().max() / exact.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("num_queries", [2, 9])
+def test_a_row_that_is_not_finite_scores_nan(bits, num_queries):
+    row, q = stored(bits, 40, 100), asked(num_queries, 100)
+    whole = added(q, row)
+    (row.codes[20] if row.scale is None else row.scale[20:21]).fill_(float("nan"))
+    got = added(q, row)
+    assert bool(got[:, 20].isnan().all())
+    others = [i for i in range(40) if i not in (19, 20)]  # 19: tiles.py says why
+    assert torch.equal(got[:, others], whole[:, others])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_others_use_the_tiles_in_between(bits):
+    """The tiles' shape is a thread's, and PyTorch's products of bfloat16 and of bytes set their own."""
+    row, q = stored(bits, 33, 300), asked(4, 300)
+    a = torch.randn(64, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    c = torch.randint(-100, 100, (64, 96), generator=torch.Generator().manual_seed(4)).to(torch.int8)
+    ours, theirs, bytes_ = added(q, row), a @ a.T, torch._int_mm(c, c.T.contiguous())
+    assert torch.equal(bytes_.long(), c.long() @ c.long().T)
+    for _ in range(3):
+        assert torch.equal(added(q, row), ours)
+        assert torch.equal(a @ a.T, theirs)
+        assert torch.equal(added(q, row), ours)
+        assert torch.equal(torch._int_mm(c, c.T.contiguous()), bytes_)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_threads_have_their_own_tiles(bits):
+    row = stored(bits, 200, 1001)
+    program, q = DenseProgram.of(("k",), [asked(2, 1001)], bits), asked(2, 1001)
+    want, found = added(q, row), {}
+
+    def work(name: int) -> None:
+        for _ in range(20):
+            scores = torch.zeros(2, 200, dtype=torch.float64)
+            program.add(scores, [row.place()])
+            found.setdefault(name, []).append(torch.equal(scores, want))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [True] * 20, 1: [True] * 20}
