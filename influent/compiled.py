@@ -35,6 +35,9 @@ TILE_PIECE = {
     ("bfloat16", 3): 32, ("int8", 3): 32, ("int4", 3): 32, ("sign", 3): 32,
 }  # fmt: skip
 TILE_LINE = 8  # numbers of a line of their tables
+TILE_PIECES = 3  # of a query's number, in columns side by side if there are few queries, else in a tile each
+TILE_FEW = {4: 1, 8: 2, 16: 5}  # the columns that a right tile has, and for how many queries' pieces they do
+TILE_BASE = 254  # of the digits
 
 # The module and the arguments of each loop: p for an address, n for a number.
 _LOOPS = {
@@ -42,6 +45,7 @@ _LOOPS = {
     "between": ("loops", "pnpnnpnnnpnp"),
     "unpack": ("loops", "pnnnp"),
     "dense": ("tiles", "pnnnnnnpp"),
+    "lay": ("tilequeries", "pnn"),
 }
 _TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw")  # what loops with tiles are compiled for
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once

@@ -70,10 +70,10 @@ def store(b: Value, x: Value, to: Value) -> None:
     b.store(x, b.bitcast(to, pointer(x.type)), align=4)
 
 
-def spread(b: Value, x: Value) -> Value:
-    """Sixteen times x."""
-    one = b.insert_element(ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined), x, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+def spread(b: Value, x: Value, count: int = LANES) -> Value:
+    """Sixteen times x, or `count` times."""
+    one = b.insert_element(ir.Constant(ir.VectorType(x.type, count), ir.Undefined), x, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
 def total(b: Value, parts: Sequence[Value]) -> Value:
@@ -105,9 +105,9 @@ def all_lanes(of: Value, x: int | float) -> Value:
 TILE_ROWS, TILE_BYTES = 16, 64  # of each of the eight tiles: sixteen rows of sixteen accumulators, or of 64 bytes
 
 
-def tiles_begin(b: Value) -> None:
-    """Eight tiles of TILE_ROWS rows of TILE_BYTES bytes, for what follows up to `tiles_end`."""
-    shape = [1, *[0] * 15, *[TILE_BYTES, 0] * 8, *[0] * 16, *[TILE_ROWS] * 8, *[0] * 8]
+def tiles_begin(b: Value, widths: Sequence[int] = (TILE_BYTES,) * 8) -> None:
+    """Eight tiles of TILE_ROWS rows of so many bytes, for what follows up to `tiles_end`."""
+    shape = [1, *[0] * 15, *(x for width in widths for x in (width, 0)), *[0] * 16, *[TILE_ROWS] * 8, *[0] * 8]
     held = ir.GlobalVariable(b.module, ir.ArrayType(I8, 64), "shape")
     held.linkage, held.global_constant = "internal", True
     held.initializer = ir.Constant(held.value_type, shape)

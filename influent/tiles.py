@@ -15,7 +15,7 @@ from dataclasses import dataclass  # noqa: I001
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-from .compiled import LANES, TILE_LINE, TILE_PIECE, TILE_STEP
+from .compiled import TILE_LINE, TILE_PIECE, TILE_STEP
 from .llvm import (
     F32, F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
     spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
@@ -49,6 +49,7 @@ class _Loop:
     fn: Value
     bits: str
     tiles: int
+    columns: int
     groups: Value
     apart: Value  # numbers from group to group in `wide`
     space: Value
@@ -59,11 +60,25 @@ class _Loop:
         return 4 if self.tiles == 1 else 2
 
     @property
+    def lefts(self) -> tuple[int, ...]:
+        """The tiles that rows are loaded to; the right one follows each."""
+        return (4, 6) if self.tiles == 1 else (6,)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row of a right tile."""
+        return 4 * self.columns
+
+    @property
+    def right(self) -> int:
+        return TILE_ROWS * self.width
+
+    @property
     def unpacks(self) -> bool:
         return self.bits in ("int4", "sign")
 
 
-def dense(bits: str, tiles: int) -> str:
+def dense(bits: str, tiles: int, columns: int) -> str:
     """The module of a function that adds the weighted sums of `rows` rows from `first` on to `wide`.
 
     (table, lines, first, rows, rows that there are, first group, groups, wide, space): a line of the table has the
@@ -73,15 +88,16 @@ def dense(bits: str, tiles: int) -> str:
     """
     fn, b = function("dense", [pointer(I64), *[I64] * 6, pointer(F64), pointer(I8)])
     table, lines, first, rows, there, first_group, groups, wide, space = fn.args
-    made = _Loop(b, fn, bits, tiles, groups, b.mul(rows, integer(LANES)), space)
+    made = _Loop(b, fn, bits, tiles, columns, groups, b.mul(rows, integer(columns)), space)
+    widths = [TILE_BYTES if tile in made.lefts else made.width for tile in range(8)]
     copies = b.gep(space, [integer(SUMS + (TILE_PIECE[bits, tiles] * TILE if made.unpacks else 0))])
-    tiles_begin(b)
+    tiles_begin(b, widths)
     with loop(b, fn, lines) as number:
         line = b.gep(table, [b.mul(number, integer(TILE_LINE))])
         codes, scales, stride, steps, *asked = (b.load(b.gep(line, [integer(i)])) for i in range(7))
         codes = b.add(codes, b.mul(first, stride))
         scales = b.inttoptr(b.add(scales, b.mul(first, integer(2))), pointer(I16))
-        sizes = [b.mul(steps, integer(tiles * TILE)), integer(tiles * LANES * 8), integer(LANES * 8)]
+        sizes = [b.mul(steps, integer(tiles * made.right)), integer(tiles * columns * 8), integer(columns * 8)]
         asked = [b.add(start, b.mul(first_group, size)) for start, size in zip(asked, sizes, strict=True)]
         right, weights, constant = (b.inttoptr(x, pointer(kind)) for x, kind in zip(asked, (I8, F64, F64), strict=True))
         size = b.mul(steps, integer(TILE_STEP[bits]))
@@ -96,7 +112,7 @@ def dense(bits: str, tiles: int) -> str:
                 made,
                 _Rows(
                     place, b.select(here, stride, held), b.gep(scales, [at]), b.select(here, safe, rest), steps,
-                    right, weights, constant, b.gep(wide, [b.mul(at, integer(LANES))]),
+                    right, weights, constant, b.gep(wide, [b.mul(at, integer(columns))]),
                 ),
             )  # fmt: skip
     tiles_end(b)
@@ -120,7 +136,7 @@ def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, hel
         at = b.mul(piece, integer(TILE_BYTES))
         left = b.sub(stride, at)
         left = b.trunc(b.select(b.icmp_signed("<", left, integer(TILE_BYTES)), left, integer(TILE_BYTES)), I8)
-        mask = b.icmp_signed("<", lanes, _bytes(b, left))
+        mask = b.icmp_signed("<", lanes, spread(b, left, TILE_BYTES))
         start = b.bitcast(b.gep(codes, [b.add(b.mul(row, stride), at)]), pointer(BYTES))
         x = b.call(masked, [start, ir.Constant(I32, 1), mask, ir.Constant(BYTES, [0] * TILE_BYTES)])
         _put(b, x, b.gep(to, [b.add(b.mul(row, held), at)]))
@@ -144,9 +160,9 @@ def _score(made: _Loop, rows: _Rows) -> None:
             left, stride, apart = planes, integer(TILE_BYTES), TILE
         with loop(b, fn, made.groups) as group:
             skipped = b.add(b.mul(group, rows.steps), start)
-            right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * TILE))])
+            right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * made.right))])
             _multiply(made, left, stride, apart, right, steps)
-            into = b.add(b.mul(group, made.apart), b.mul(first, integer(LANES)))
+            into = b.add(b.mul(group, made.apart), b.mul(first, integer(made.columns)))
             begins = b.uitofp(b.icmp_signed("==", number, integer(0)), F64)
             _weigh(made, rows, group, b.gep(rows.wide, [into]), b.gep(rows.scales, [first]), count, begins)
 
@@ -183,16 +199,16 @@ def _multiply(made: _Loop, left: Value, stride: Value, apart: int, right: Value,
         tile_zero(b, tile)
 
     def step(chain: int, left: Value, right: Value, ahead: int) -> None:
-        x = 4 + chain % 2 * 2 if tiles == 1 else 6
+        x = made.lefts[chain % len(made.lefts)]
         tile_load(b, x, b.gep(left, [integer(ahead * apart)]), stride)
         for tile in range(tiles):
-            tile_load(b, x + 1, b.gep(right, [integer((ahead * tiles + tile) * TILE)]), integer(TILE_BYTES))
+            tile_load(b, x + 1, b.gep(right, [integer((ahead * tiles + tile) * made.right)]), integer(made.width))
             tile_product(b, kind, chain * tiles + tile, x, x + 1)
 
     def body(state: list[Value]) -> list[Value]:
         for chain in range(chains):
             step(chain, *state, chain)
-        return [b.gep(state[0], [integer(chains * apart)]), b.gep(state[1], [integer(chains * tiles * TILE)])]
+        return [b.gep(state[0], [integer(chains * apart)]), b.gep(state[1], [integer(chains * tiles * made.right)])]
 
     left, right = repeat(b, fn, b.sdiv(steps, integer(chains)), [left, right], body)
     rest = b.srem(steps, integer(chains))
@@ -203,36 +219,36 @@ def _multiply(made: _Loop, left: Value, stride: Value, apart: int, right: Value,
 
 def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, count: Value, begins: Value) -> None:
     """wide += scale * (weights * sums + constant), the constant where a row begins."""
-    b, fn, tiles = made.b, made.fn, made.tiles
+    b, fn, tiles, columns = made.b, made.fn, made.tiles, made.columns
     for tile in range(made.chains * tiles):
-        tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(TILE_BYTES))
+        tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(made.width))
     number = F32 if made.bits == "bfloat16" else I32
-    weights = b.gep(rows.weights, [b.mul(group, integer(tiles * LANES))])
-    weights = [_doubles(b, b.gep(weights, [integer(tile * LANES)])) for tile in range(tiles)]
-    constant = _doubles(b, b.gep(rows.constant, [b.mul(group, integer(LANES))]))
-    constant = b.fmul(constant, spread(b, begins))
+    weights = b.gep(rows.weights, [b.mul(group, integer(tiles * columns))])
+    weights = [_doubles(b, b.gep(weights, [integer(tile * columns)]), columns) for tile in range(tiles)]
+    constant = _doubles(b, b.gep(rows.constant, [b.mul(group, integer(columns))]), columns)
+    constant = b.fmul(constant, spread(b, begins, columns))
     with loop(b, fn, count) as row:
         total = constant
         for tile in range(tiles):
             parts = []
             for chain in range(made.chains):
-                at = b.add(b.mul(row, integer(TILE_BYTES)), integer((chain * tiles + tile) * TILE))
-                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, LANES)))
-                parts.append(b.load(place, align=64))
+                at = b.add(b.mul(row, integer(made.width)), integer((chain * tiles + tile) * TILE))
+                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, columns)))
+                parts.append(b.load(place, align=16))
             total = _plus(b, total, _sum(b, parts), weights[tile])
-        place = b.gep(into, [b.mul(row, integer(LANES))])
-        before = _doubles(b, place)
+        place = b.gep(into, [b.mul(row, integer(columns))])
+        before = _doubles(b, place, columns)
         if made.bits == "bfloat16":
             found = b.fadd(before, total)
         else:
             bits = b.shl(b.zext(b.load(b.gep(scales, [row])), I32), ir.Constant(I32, 16))
-            scale = spread(b, b.fpext(b.bitcast(bits, F32), F64))
+            scale = spread(b, b.fpext(b.bitcast(bits, F32), F64), columns)
             found = b.fadd(before, b.fmul(total, scale, flags=["contract"]), flags=["contract"])
         b.store(found, b.bitcast(place, pointer(found.type)), align=8)
 
 
 def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
-    numbers = ir.VectorType(F64, LANES)
+    numbers = ir.VectorType(F64, sums.type.count)
     x = b.sitofp(sums, numbers) if sums.type.element == I32 else b.fpext(sums, numbers)
     return b.fadd(total, b.fmul(x, weights, flags=["contract"]), flags=["contract"])
 
@@ -244,18 +260,12 @@ def _sum(b: Value, parts: list[Value]) -> Value:
     return parts[0]
 
 
-def _doubles(b: Value, at: Value) -> Value:
-    return b.load(b.bitcast(at, pointer(ir.VectorType(F64, LANES))), align=8)
+def _doubles(b: Value, at: Value, count: int) -> Value:
+    return b.load(b.bitcast(at, pointer(ir.VectorType(F64, count))), align=8)
 
 
 def _least(b: Value, x: Value, y: Value) -> Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
-
-
-def _bytes(b: Value, x: Value) -> Value:
-    """The byte x in every lane."""
-    one = b.insert_element(ir.Constant(BYTES, ir.Undefined), x, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, TILE_BYTES), [0] * TILE_BYTES))
 
 
 def _put(b: Value, x: Value, to: Value) -> None:

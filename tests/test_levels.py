@@ -13,8 +13,8 @@ import influent
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["packing", "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
-     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "products", "pairproducts", "tileproducts",
-     "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
+     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "products", "pairproducts",
+     "tileproducts", "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
      "ridge", "lexical", "shardrecord", "sharing"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
