@@ -1,40 +1,38 @@
-"""What is asked of the blocks of an index, and how their rows are read: some of a block's at a time.
+"""What is asked of the blocks of an index, by programs or block by block, and how their rows are read.
 
-Not here: the products (kernels.py), which rows are read and what becomes of their scores (score.py).
+Not here: the products (kernels.py, programs.py), which rows are read and what becomes of their scores (score.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import programs
+from .codec import Form
 from .errors import NumericsError
 from .gradients import Flat, LowRank, Packed, PackedPairs, Row
 from .gram import RowSource, Shard
 from .kernels import BlockQueries, Sums, prepare
+from .programs import Program, forms_of
 
-FETCH_NUMBERS = 1 << 21  # numbers of a block decoded at once: 8 MiB of float32, or views of the file; bytes of codes
+FETCH_NUMBERS = 1 << 21  # numbers of blocks decoded at once: 8 MiB of float32, or views of the file; bytes of codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """What is asked of one block, and how many of its rows are read at a time."""
+    """What is asked of one block."""
 
     key: str
+    form: Form
     queries: BlockQueries
-    step: int
-
-    def pieces(self, shard: Shard, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
-        """Rows lo to hi of the index, from their shard, some at a time: (the first one's number, rows)."""
-        for at in range(lo, hi, self.step):
-            yield at, shard.grads(self.key, at - shard.lo, min(at + self.step, hi) - shard.lo)
 
     def add(self, sums: Sums, squares: Float[Tensor, " n"] | None, shard: Shard, lo: int) -> None:
         """sums += <query, row> of the rows from `lo` on; and squares += <row, row>, unless that is not wanted."""
         n = sums.scores.shape[1]
-        for at, row in self.pieces(shard, lo, lo + n):
+        for at, row in _pieces(shard, self.key, self.form, lo, lo + n):
             into = slice(at - lo, at - lo + len(row))
             if len(row) == n:
                 self.queries.add(sums, row)
@@ -46,33 +44,78 @@ class Block:
                 squares[into] += row.squares()
 
 
-def ask(index: RowSource, queries: Mapping[str, Tensor], query_rank: int | None) -> list[Block]:
-    """The blocks of the index, each with its queries [Q, K]."""
-    return [_block(index, key, queries[key], query_rank) for key in index.widths]
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What is asked of an index: of some blocks together, by programs, and of the others one by one."""
+
+    num_queries: int
+    forms: Mapping[str, Form]
+    programs: Sequence[Program]
+    blocks: Sequence[Block]
+
+    def add(self, scores: Float[Tensor, "Q n"], squares: Float[Tensor, " n"] | None, shard: Shard, lo: int) -> None:
+        """scores += <query, row> of the rows from `lo` on, all in `shard`; and squares += <row, row>, if wanted."""
+        n = scores.shape[1]
+        for program in self.programs:
+            step = _step(*[self.forms[key] for key in program.keys])
+            programs.add(scores, program, self.forms, shard, lo, step=step)
+            if squares is not None:
+                for key in program.keys:
+                    for at, row in _pieces(shard, key, self.forms[key], lo, lo + n):
+                        squares[at - lo : at - lo + len(row)] += row.squares()
+        sums = Sums(scores)
+        for block in self.blocks:
+            block.add(sums, squares, shard, lo)
+        sums.close()
 
 
-def _block(index: RowSource, key: str, q: Tensor, query_rank: int | None) -> Block:
-    width, factors, coded = index.widths[key], None, None
-    match index.shards[0].grads(key, 0, 0) if index.shards else None:  # no row, but the form that rows have
-        case LowRank(u=u, v=v):
-            factors = (v.shape[2], u.shape[2])
-            width = u.shape[1] * sum(factors)
-        case PackedPairs(u=u, factors=(a, b)):
-            factors = (a, b)
-            width = u.shape[1] * (a + b)
-        case Packed(codes=codes, bits=bits):
-            coded, width = bits, codes.shape[1]
-    return Block(key, prepare(q, factors, query_rank, bits=coded), max(1, FETCH_NUMBERS // max(1, width)))
+def ask(index: RowSource, queries: Mapping[str, Tensor], query_rank: int | None) -> Asked:
+    """The queries [Q, K] of each block, cut to `query_rank` where rows are pairs and that is less work."""
+    forms, together, blocks, chosen = forms_of(index), {}, [], {}
+    for key in index.widths:
+        form = forms[key]
+        asked = prepare(queries[key], form.factors, query_rank)
+        if form not in chosen:
+            chosen[form] = asked.by_tiles(form)
+        if chosen[form]:
+            together[key] = asked.whole
+        elif form.factors is None and form.packed:
+            blocks.append(Block(key, form, prepare(queries[key], None, None, bits=form.bits)))
+        else:
+            blocks.append(Block(key, form, asked))
+    num_queries = len(next(iter(queries.values())))
+    return Asked(num_queries, forms, programs.programs(forms, together), blocks)
 
 
-def blame_rows(shard: Shard, blocks: Iterable[Block]) -> None:
+def captured(index: RowSource, queries: Mapping[str, Tensor], query_rank: int) -> Float[Tensor, "blocks Q"]:
+    """The share of each query's squared length that its cut keeps in each block: 1 where there is none."""
+    found = []
+    for key, form in forms_of(index).items():
+        kept = prepare(queries[key], form.factors, query_rank).captured
+        found.append(torch.ones(len(queries[key])) if kept is None else kept)
+    return torch.stack(found)
+
+
+def _pieces(shard: Shard, key: str, form: Form, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
+    """Rows lo to hi of the index, from their shard, some at a time: (the first one's number, rows)."""
+    step = _step(form)
+    for at in range(lo, hi, step):
+        yield at, shard.grads(key, at - shard.lo, min(at + step, hi) - shard.lo)
+
+
+def _step(*forms: Form) -> int:
+    """How many rows of such blocks are read at a time."""
+    return max(1, FETCH_NUMBERS // max(1, sum(form.numbers for form in forms)))
+
+
+def blame_rows(shard: Shard, forms: Mapping[str, Form]) -> None:
     """NumericsError, naming block and row, if a row is not finite; finite ones whose scores overflow are let pass."""
-    for block in blocks:
-        for lo, row in block.pieces(shard, shard.lo, shard.hi):
+    for key, form in forms.items():
+        for lo, row in _pieces(shard, key, form, shard.lo, shard.hi):
             finite = torch.stack([side.isfinite().flatten(1).all(dim=1) for side in _numbers(row)]).all(dim=0)
             if not bool(finite.all()):
                 raise NumericsError(
-                    f"shard {shard.name}, block {block.key!r}, row {lo + int((~finite).nonzero()[0])}: "
+                    f"shard {shard.name}, block {key!r}, row {lo + int((~finite).nonzero()[0])}: "
                     "the index's rows are not finite: run `influent verify` on the index"
                 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import SpecError
 
@@ -23,6 +24,41 @@ NONE = "none"  # rows that are not stored, but made anew by whoever asks
 
 Factors = tuple[int, int]  # (a, b): widths of a row's input and output side, whose product is the row's width
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape without the leading number of rows)
+
+
+class Form(NamedTuple):
+    """How the rows of a block are stored: `width` numbers, or `rank` pairs of vectors of the sizes `factors`, which
+    make as many."""
+
+    bits: str
+    width: int
+    factors: Factors | None = None
+    rank: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether the numbers are integer codes with scales rather than floats."""
+        return self.bits in PER_BYTE
+
+    @property
+    def numbers(self) -> int:
+        """Stored of a row: floats, or codes of a dense one by their bytes."""
+        if self.factors is not None:
+            return self.rank * sum(self.factors)
+        return -(-self.width // PER_BYTE[self.bits]) if self.packed else self.width
+
+    def tensors(self, key: str) -> Layout:
+        """What a shard holds of block `key`: name -> (dtype, shape of one row); the scales of codes last."""
+        if self.factors is None:
+            parts, scales = {key: (self.width,)}, ()
+        else:
+            a, b = self.factors
+            parts, scales = {f"{key}.v": (self.rank, a), f"{key}.u": (self.rank, b)}, (self.rank,)
+        if not self.packed:
+            return {name: (self.bits, shape) for name, shape in parts.items()}
+        dtype, per_byte = "int8" if self.bits == "int8" else "uint8", PER_BYTE[self.bits]
+        held = {name: (dtype, (*shape[:-1], -(-shape[-1] // per_byte))) for name, shape in parts.items()}
+        return held | {f"{key}.scale": ("bfloat16", scales)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +121,17 @@ class Codec:
         rank = min(self.rank, a, b)
         return rank if rank * (a + b) < a * b else None
 
+    def form(self, width: int, factors: Factors | None) -> Form:
+        """How rows of such a block are stored."""
+        rank = self.stored_rank(factors)
+        return Form(self.bits, width) if rank is None else Form(self.bits, width, factors, rank)
+
     def tensors(self, key: str, width: int, factors: Factors | None) -> Layout:
         """What a shard holds of block `key`, whose rows are `width` wide: name -> (dtype, shape of one row)."""
         if not self.stored:
             return {}
-        rank = self.stored_rank(factors)
-        if rank is None or factors is None:
-            parts = {key: (self._dtype, (self._length(width),))}
-            return parts | ({f"{key}.scale": ("bfloat16", ())} if self.packed else {})
-        a, b = factors
-        parts = {f"{key}.u": (self._dtype, (rank, self._length(b))), f"{key}.v": (self._dtype, (rank, self._length(a)))}
-        return parts | ({f"{key}.scale": ("bfloat16", (rank,))} if self.packed else {})
+        return self.form(width, factors).tensors(key)
 
     def row_bytes(self, width: int, factors: Factors | None) -> int:
         """Bytes of one row of one block, scales included."""
         return sum(_SIZES[dtype] * math.prod(shape) for dtype, shape in self.tensors("", width, factors).values())
-
-    @property
-    def _dtype(self) -> str:
-        if not self.packed:
-            return self.bits
-        return "int8" if self.bits == "int8" else "uint8"
-
-    def _length(self, numbers: int) -> int:
-        return -(-numbers // PER_BYTE[self.bits]) if self.packed else numbers

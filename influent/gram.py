@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .codec import Form
 from .errors import NumericsError
 from .gradients import LowRank, PackedPairs, Row
+from .payload import Places
 from .storage import Store
 
 Matrix = Float[Tensor, "m m"]
@@ -55,6 +57,22 @@ def check_bytes(shard: object) -> None:
     """Raises CorruptError, naming the shard, when its stored bytes are not those that were committed."""
     if isinstance(shard, Checkable):
         shard.check()
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """A shard that knows where its rows lie in memory, while `is_mapped`: from row `lo` on, of each block."""
+
+    @property
+    def is_mapped(self) -> bool: ...
+    def places(self, keys: tuple[str, ...], lo: int) -> Places: ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A source that knows how the rows of each block are stored without reading any."""
+
+    forms: dict[str, Form]
 
 
 @runtime_checkable

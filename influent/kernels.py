@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import compiled, digits, pairproducts
-from .codec import Factors
+from .codec import Factors, Form
 from .digits import Digits
 from .gradients import LowRank, Packed, PackedPairs, Row
 from .products import Products, fits
@@ -28,6 +28,9 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
+TILES = 0.25  # a product between pairs with matrix tiles, where there are any
+TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with them read
+TILED_QUERIES = 64  # the most for which bfloat16 rows are faster by tiles than as float32 in one product
 
 # The most queries for which compiled loops are faster than digits, where those are fast, and than unpacking.
 FEW = {"int8": 3, "int4": 32, "sign": 128}
@@ -81,6 +84,12 @@ class BlockQueries:
     def __len__(self) -> int:
         return self.whole.shape[0]
 
+    def by_tiles(self, form: Form) -> bool:
+        """Whether rows of this form are best left to a program (programs.py)."""
+        if form.bits not in TILED or not compiled.tiles_usable():
+            return False
+        return form.factors is None and (form.packed or len(self) <= TILED_QUERIES)
+
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
         if isinstance(row, Packed) and self.coded is not None and self.coded.bits == row.bits:
@@ -114,12 +123,13 @@ class BlockQueries:
         else:
             _add_whole(sums.scores, row, self.whole)
 
-    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False) -> tuple[str, int]:
+    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False, tiles: bool = False) -> tuple[str, int]:
         """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
-        pairs in codes can stay as they are."""
+        pairs in codes can stay as they are, `tiles` whether a program is to be had."""
         ways = [
             (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
             *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
+            *([(len(self) * TILES * c * a * b, "tiles", 0)] if tiles else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
         if self.cut is not None:
@@ -134,7 +144,8 @@ def prepare(
 ) -> BlockQueries:
     """The queries of one block; cut to their best `rank` pairs when it is given and the pairs are the smaller. `bits`
     are those of dense rows in codes."""
-    q = q.detach().cpu().float()
+    if q.dtype != torch.float32 or q.requires_grad or not q.is_cpu:
+        q = q.detach().cpu().float()
     if bits is not None:
         return BlockQueries(q, coded=_coded(q, bits))
     if rank is None or factors is None or rank * sum(factors) >= q.shape[1]:

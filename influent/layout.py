@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .codec import Codec, Factors
+from .codec import Codec, Factors, Form
 from .errors import LayerError, SpecError
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class Layout:
     def blocks(self) -> dict[str, Tensors]:
         """The tensors of each block, without the leading number of rows."""
         return {key: self.codec.tensors(key, width, self.factors[key]) for key, width in self.widths.items()}
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """How the rows of each block are stored."""
+        return {key: self.codec.form(width, self.factors[key]) for key, width in self.widths.items()}
 
     def rows(self, n: int) -> Tensors:
         """The tensors of `n` rows of all blocks."""

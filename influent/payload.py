@@ -51,6 +51,28 @@ class Entry:
         strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
         return cls(name, tuple(shape), lo, hi, strides, size)
 
+    @property
+    def row(self) -> int:
+        """Bytes from one entry of the first axis to the next."""
+        return self.strides[0] * self.size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Header:
+    """What a payload begins with; equal texts give this very object while it is remembered."""
+
+    entries: dict[str, Entry]
+    end: int  # of the data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where rows lie in memory: of each block the addresses of its tensors at the first of the rows, each 0 where a
+    block has no such tensor. They are good for as long as `held` is."""
+
+    addresses: list[tuple[int, ...]]
+    held: object
+
 
 def encode(tensors: Mapping[str, torch.Tensor]) -> list[memoryview | bytes]:
     """The parts of a safetensors file in order: header, then every tensor's little-endian bytes without holes."""
@@ -85,7 +107,8 @@ class Payload(Mapping[str, "torch.Tensor"]):
         self.store, self.name = store, name
         if (got := store.size(name)) != size:
             raise CorruptError(f"{store}/{name}: expected {size} bytes, got {got}; `influent verify` lists all damage")
-        self._start, self._end, self._entries = _read_header(store, name, size)
+        self.start, self._end, self.header = _read_header(store, name, size)
+        self._entries = self.header.entries
         self._mapped: dict[str, torch.Tensor] = {}  # the file as numbers of one type: views of one mapping
 
     def __iter__(self) -> Iterator[str]:
@@ -102,7 +125,7 @@ class Payload(Mapping[str, "torch.Tensor"]):
     def read(self, name: str) -> bytes:
         """A copy of one tensor's raw bytes."""
         entry = self._entries[name]
-        return self.store.get_range(self.name, self._start + entry.lo, self._start + entry.hi)
+        return self.store.get_range(self.name, self.start + entry.lo, self.start + entry.hi)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
@@ -111,9 +134,21 @@ class Payload(Mapping[str, "torch.Tensor"]):
     def part(self, name: str, lo: int, hi: int) -> torch.Tensor:
         """Entries [lo, hi) of a tensor's first axis; of a remote tensor nothing else is fetched."""
         entry = self._entries[name]
-        num_rows, row = entry.shape[0], entry.strides[0] * entry.size
-        lo, hi = min(lo, num_rows), min(hi, num_rows)
-        return self._view(entry, (max(0, hi - lo), *entry.shape[1:]), entry.lo + lo * row, entry.lo + hi * row)
+        lo, hi = min(lo, entry.shape[0]), min(hi, entry.shape[0])
+        shape = (max(0, hi - lo), *entry.shape[1:])
+        return self._view(entry, shape, entry.lo + lo * entry.row, entry.lo + hi * entry.row)
+
+    def mapped(self) -> torch.Tensor:
+        """All bytes of a local file, from its first on: the mapping that the tensors are views of."""
+        if (mapped := self._mapped.get("uint8")) is None:
+            import torch
+
+            path = self.store.local(self.name)
+            assert path is not None
+            # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
+            mapped = torch.from_file(str(path), shared=False, size=self._end, dtype=torch.uint8)
+            self._mapped["uint8"] = mapped
+        return mapped
 
     def _view(self, entry: Entry, shape: tuple[int, ...], lo: int, hi: int) -> torch.Tensor:
         import torch
@@ -121,43 +156,34 @@ class Payload(Mapping[str, "torch.Tensor"]):
         if lo >= hi:
             return torch.empty(shape, dtype=getattr(torch, entry.dtype))
         if (mapped := self._mapped.get(entry.dtype)) is None:
-            if (path := self.store.local(self.name)) is None:
-                data = self.store.get_range(self.name, self._start + lo, self._start + hi)
+            if self.store.local(self.name) is None:
+                data = self.store.get_range(self.name, self.start + lo, self.start + hi)
                 return torch.frombuffer(bytearray(data), dtype=getattr(torch, entry.dtype)).view(shape)
-            mapped = self._map(str(path), entry)
-        return mapped.as_strided(shape, entry.strides, (self._start + lo) // entry.size)
-
-    def _map(self, path: str, entry: Entry) -> torch.Tensor:
-        import torch
-
-        if "uint8" not in self._mapped:
-            # torch closes the file as soon as it is mapped; Python's mmap would keep a handle for every shard.
-            self._mapped["uint8"] = torch.from_file(path, shared=False, size=self._end, dtype=torch.uint8)
-        usable = self._end - self._end % entry.size
-        self._mapped[entry.dtype] = self._mapped["uint8"][:usable].view(getattr(torch, entry.dtype))
-        return self._mapped[entry.dtype]
+            usable = self._end - self._end % entry.size
+            mapped = self._mapped[entry.dtype] = self.mapped()[:usable].view(getattr(torch, entry.dtype))
+        return mapped.as_strided(shape, entry.strides, (self.start + lo) // entry.size)
 
 
-def _read_header(store: Store, name: str, size: int) -> tuple[int, int, dict[str, Entry]]:
-    """(where the data begins, where it ends, entries); CorruptError for a header that breaks the format."""
+def _read_header(store: Store, name: str, size: int) -> tuple[int, int, Header]:
+    """(where the data begins, where it ends, header); CorruptError for a header that breaks the format."""
     try:
         if size < 8:
             raise ValueError(f"{size} bytes are too few")
         length = int.from_bytes(store.get_range(name, 0, 8), "little")
         if length > min(size - 8, MAX_HEADER):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        entries, end = _parse(store.get_range(name, 8, 8 + length))
-        if 8 + length + end != size:
-            raise ValueError(f"its tensors end at byte {8 + length + end} of {size}")
+        header = _parse(store.get_range(name, 8, 8 + length))
+        if 8 + length + header.end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + header.end} of {size}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         why = f"missing {e}" if isinstance(e, KeyError) else str(e)
         raise CorruptError(f"{store}/{name}: not a valid payload: {why}; `influent verify` lists all damage") from e
-    return 8 + length, size, entries
+    return 8 + length, size, header
 
 
 @lru_cache(maxsize=8)  # shards of equally many rows have equal headers, and a fit opens each of them once a block
-def _parse(header: bytes) -> tuple[dict[str, Entry], int]:
-    """(entries, end of the data) of a header; ValueError, KeyError or TypeError unless they tile the data, aligned."""
+def _parse(header: bytes) -> Header:
+    """ValueError, KeyError or TypeError unless they tile the data, aligned."""
     entries = json.loads(header, object_pairs_hook=_no_repeats)
     if not isinstance(entries, dict):
         raise ValueError(f"the header is a {type(entries).__name__}, not an object")
@@ -178,7 +204,7 @@ def _parse(header: bytes) -> tuple[dict[str, Entry], int]:
             raise ValueError(f"{key}: begins at byte {8 + len(header) + lo}, not at a multiple of {width}")
         end = hi
         found[key] = Entry.of(entry["dtype"], shape, lo, hi)
-    return found, end
+    return Header(found, end)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

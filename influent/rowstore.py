@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact, content, kind_of
-from .codec import Codec, Factors
+from .codec import Codec, Factors, Form
 from .errors import CorruptError, InfluentError, LayerError, SpecError
 from .layout import CAPTURED, IDS, RESIDUAL, Layout, Tensors, first_gap, num_rows
-from .payload import Payload
+from .payload import Header, Payload, Places
 from .shardrecord import Record
 from .storage import Store
 
@@ -57,6 +57,37 @@ class Shard:
             for name, (dtype, tail) in layout.blocks[key].items()
         }
         return decode(layout.codec, tensors, key, layout.widths[key], layout.factors[key])
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are read from a local file, so that `places` knows them."""
+        return self._index.store.local(self._record.payload) is not None
+
+    def places(self, keys: tuple[str, ...], lo: int) -> Places:
+        """Where the rows from `lo` on of some blocks lie: the tensors of each, as `Form.tensors` has them, and 0 for
+        the scales of floats. They are of the layout's dtypes and shapes, and go on to the shard's last row."""
+        payload = self._index.artifact.tensors(self.name)
+        located, mapped = self._located(payload, keys), payload.mapped()
+        base = mapped.data_ptr() + payload.start
+        absent = () if self._index.codec.packed else (0,)
+        return Places([(*[base + at + lo * row for at, row in parts], *absent) for parts in located], mapped)
+
+    def _located(self, payload: Payload, keys: tuple[str, ...]) -> list[list[tuple[int, int]]]:
+        """Of each block where its tensors begin and the bytes of a row of each; checked once for all shards that have
+        as many rows, whose headers are equal."""
+        index, size = self._index, len(self)
+        header, num_rows, located = index.located.get(keys, (None, 0, []))
+        if header is payload.header and num_rows == size:
+            return located
+        located = []
+        for key in keys:
+            tensors = index.layout.blocks[key]
+            for name, (dtype, tail) in tensors.items():
+                self._demand(payload, name, (dtype, (size, *tail)))
+            entries = [payload.header.entries[name] for name in tensors]
+            located.append([(entry.lo, entry.row) for entry in entries])
+        index.located[keys] = payload.header, size, located
+        return located
 
     def rows(self, key: str) -> torch.Tensor:
         """The rows of one block, [n, K]: as stored in a plain float index, else decoded, in float32."""
@@ -143,9 +174,12 @@ class Shard:
         return self._part(payload, key, (dtype, shape), lo, len(self) if hi is None else hi)
 
     def _part(self, payload: Payload, key: str, what: tuple[str, tuple[int, ...]], lo: int, hi: int) -> torch.Tensor:
+        self._demand(payload, key, what)
+        return payload.part(key, lo, hi)
+
+    def _demand(self, payload: Payload, key: str, what: tuple[str, tuple[int, ...]]) -> None:
         if problem := self._difference(payload, key, what):
             raise CorruptError(f"{problem}; `influent verify` lists all damage")
-        return payload.part(key, lo, hi)
 
     def _difference(self, payload: Payload, key: str, expected: tuple[str, tuple[int, ...]] | None) -> str | None:
         if (got := payload.describe(key)) == expected:
@@ -167,6 +201,8 @@ class Index:
         self.codec: Codec = self.layout.codec
         self.widths: dict[str, int] = self.layout.widths
         self.factors: dict[str, Factors | None] = self.layout.factors
+        self.forms: dict[str, Form] = self.layout.forms
+        self.located: dict[tuple[str, ...], tuple[Header, int, list[list[tuple[int, int]]]]] = {}  # see Shard.places
         self.keys: list[str] = list(self.widths)
         self.dtype: str = self.codec.bits
         if gap := first_gap(artifact.records):

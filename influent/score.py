@@ -18,12 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .artifact import Artifact
-from .asking import Block, ask, blame_rows
+from .asking import Asked, ask, blame_rows, captured
 from .curvature import Curvature, write_blocks
 from .errors import DataError, MismatchError, NumericsError, SpecError
 from .gradients import Flat
 from .gram import RowSource, Shard, check_bytes
-from .kernels import Sums
 from .progress import Progress
 from .reduce import Reducer
 
@@ -40,6 +39,7 @@ class Live(Protocol):
 
 
 WINDOW_SCORES = 1 << 22  # scores held at once, in float64
+JOINED = 1 << 20  # numbers of queries that are copied to be looked at together: a call for each of hundreds is slower
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,10 +119,7 @@ def score_members(
 @torch.no_grad()
 def query_energy(index: RowSource, queries: Queries, query_rank: int) -> Float[Tensor, " Q"]:
     """The share of each query's squared length, over all blocks, that `score` keeps with this `query_rank`, [Q]."""
-    blocks = [block.queries for block in ask(index, queries, query_rank)]
-    squares = _squares(index, queries)
-    ones = torch.ones(squares.shape[1])
-    kept = torch.stack([ones if block.captured is None else block.captured for block in blocks])
+    squares, kept = _squares(index, queries), captured(index, queries, query_rank)
     return torch.where(squares.sum(0) > 0, (squares * kept).sum(0) / squares.sum(0), 1.0)
 
 
@@ -186,7 +183,7 @@ def _squares(index: RowSource, queries: Queries) -> Float[Tensor, "blocks Q"]:
 class _Scorer:
     """One member made ready: weighted and normalised scores of a window of its rows."""
 
-    blocks: Sequence[Block]
+    asked: Asked
     weight: float
     lengths: Float[Tensor, " Q"] | None  # for cosine
     spread: Float[Tensor, " N"] | None  # for relatif
@@ -194,20 +191,17 @@ class _Scorer:
     @staticmethod
     def of(member: Member, normalize: str, query_rank: int | None) -> "_Scorer":
         index, h = member.index, member.self_influence
-        blocks = ask(index, member.queries, query_rank)
+        asked = ask(index, member.queries, query_rank)
         lengths = _squares(index, member.queries).sum(0).sqrt() if normalize == "cosine" else None
-        return _Scorer(blocks, member.weight, lengths, None if h is None else h.double().sqrt())
+        return _Scorer(asked, member.weight, lengths, None if h is None else h.double().sqrt())
 
     def __call__(self, shard: Shard, lo: int, hi: int) -> Float[Tensor, "Q n"]:
         """Rows lo to hi of the index, which lie in `shard`; float64."""
-        scores = torch.zeros(len(self.blocks[0].queries), hi - lo, dtype=torch.float64)
+        scores = torch.zeros(self.asked.num_queries, hi - lo, dtype=torch.float64)
         squares = None if self.lengths is None else torch.zeros(hi - lo, dtype=torch.float64)
-        sums = Sums(scores)
-        for block in self.blocks:
-            block.add(sums, squares, shard, lo)
-        sums.close()
+        self.asked.add(scores, squares, shard, lo)
         if not isfinite(float(scores.sum())):
-            blame_rows(shard, self.blocks)
+            blame_rows(shard, self.asked.forms)
         if self.lengths is not None and squares is not None:
             scores = _divide(scores, self.lengths[:, None] * squares.sqrt())
         elif self.spread is not None:
@@ -297,10 +291,18 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
     for key, q in queries.items():
         if q.shape[1:] != (index.widths[key],):
             raise MismatchError(f"queries: block {key!r}: expected width {index.widths[key]}, got {list(q.shape[1:])}")
-        if not isfinite(float(q.sum())) and not bool(q.isfinite().all()):  # one call for each of hundreds of blocks
+    _demand_finite(queries)
+    return counts.pop()
+
+
+def _demand_finite(queries: Queries) -> None:
+    few = sum(q.numel() for q in queries.values()) <= JOINED
+    if few and isfinite(float(torch.cat(list(queries.values()), dim=1).sum())):
+        return
+    for key, q in queries.items():
+        if not isfinite(float(q.sum())) and not bool(q.isfinite().all()):
             query = int((~q.isfinite()).any(dim=1).nonzero()[0])
             raise NumericsError(f"query {query}, block {key!r}: its gradient is not finite: look at the query's loss")
-    return counts.pop()
 
 
 def _check_given(index: RowSource, scores: Tensor | Live) -> int:

@@ -19,7 +19,7 @@ LEVELS = [
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
      "ridge", "lexical", "shardrecord", "sharing"],
     ["artifact", "bind", "coding", "compress", "gram", "kernels", "kronecker", "layers", "layout", "lowrank", "moments",
-     "pairs", "agreement"],
+     "pairs", "programs", "agreement"],
     ["asking", "bases", "budget", "collect", "curvature", "extract", "fitting", "kron", "live", "ggn", "parameters",
      "passes", "rowstore",
      "rowwriter",
