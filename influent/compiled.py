@@ -13,6 +13,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
 
@@ -46,6 +47,8 @@ _LOOPS = {
     "unpack": ("loops", "pnnnp"),
     "dense": ("tiles", "pnnnnnnpp"),
     "lay": ("tilequeries", "pnn"),
+    "pairs": ("pairtiles", "pnnpnp"),
+    "pieces": ("pairtiles", "pnn"),
 }
 _TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw")  # what loops with tiles are compiled for
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once
@@ -85,10 +88,11 @@ def tiles_usable() -> bool:
 def loop(name: str, *options: str | int) -> Callable[..., None]:
     """The compiled function `name` of its module, which says what its arguments are; only where `usable`, and those
     with tiles only where `tiles_usable`."""
-    assert usable()
+    where, arguments = _LOOPS[name]
+    if not (usable() if where == "loops" else tiles_usable()):  # which asks for the tiles, too
+        raise RuntimeError(f"loop {name!r} cannot be run here")
     from llvmlite import binding  # pyright: ignore[reportMissingImports]
 
-    where, arguments = _LOOPS[name]
     written = importlib.import_module(f".{where}", __package__)
     module = binding.parse_assembly(getattr(written, name)(*options))
     module.verify()
@@ -113,3 +117,14 @@ def unpack(codes: Int8[Tensor, "*n p"] | UInt8[Tensor, "*n p"], bits: str, lengt
     if out.numel():
         loop("unpack", bits)(codes.data_ptr(), size, codes.numel() // size, length, out.data_ptr())
     return out
+
+
+def in_parts(n: int, least: int, run: Callable[[int, int], None]) -> None:
+    """run(lo, hi) over all of range(n), on as many threads as PyTorch has, each of at least `least` numbers."""
+    count = max(1, min(torch.get_num_threads(), n // least))
+    cuts = [n * i // count for i in range(count + 1)]
+    if count == 1:
+        run(0, n)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(run, cuts, cuts[1:]))

@@ -62,8 +62,8 @@ def repeat(b: Value, fn: Value, count: Value, state: list[Value], body: Callable
     return held
 
 
-def load(b: Value, start: Value, of: Value, offset: Value, *, align: int) -> Value:
-    return b.load(b.bitcast(b.gep(start, [offset]), pointer(ir.VectorType(of, LANES))), align=align)
+def load(b: Value, start: Value, of: Value, offset: Value, *, align: int, lanes: int = LANES) -> Value:
+    return b.load(b.bitcast(b.gep(start, [offset]), pointer(ir.VectorType(of, lanes))), align=align)
 
 
 def store(b: Value, x: Value, to: Value) -> None:
@@ -108,7 +108,7 @@ TILE_ROWS, TILE_BYTES = 16, 64  # of each of the eight tiles: sixteen rows of si
 def tiles_begin(b: Value, widths: Sequence[int] = (TILE_BYTES,) * 8) -> None:
     """Eight tiles of TILE_ROWS rows of so many bytes, for what follows up to `tiles_end`."""
     shape = [1, *[0] * 15, *(x for width in widths for x in (width, 0)), *[0] * 16, *[TILE_ROWS] * 8, *[0] * 8]
-    held = ir.GlobalVariable(b.module, ir.ArrayType(I8, 64), "shape")
+    held: Any = ir.GlobalVariable(b.module, ir.ArrayType(I8, 64), "shape")
     held.linkage, held.global_constant = "internal", True
     held.initializer = ir.Constant(held.value_type, shape)
     _tile(b, "ldtilecfg", b.bitcast(held, pointer(I8)))

@@ -37,7 +37,7 @@ def product(bits: str, tile: int, unroll: int) -> str:
                 at, asked, *sums = state
                 first = at if where is None else where
                 for step in range(steps):
-                    decoded = _decode(b, row, b.add(first, integer(step * STEP[bits])), bits)
+                    decoded = decode(b, row, b.add(first, integer(step * STEP[bits])), bits)
                     for plane, x in enumerate(decoded):
                         for query in range(tile):
                             y = load(b, asked, F32, integer(((step * planes + plane) * tile + query) * LANES), align=4)
@@ -109,7 +109,7 @@ def unpack(bits: str) -> str:
         whole = b.sdiv(b.sdiv(length, integer(per)), integer(step))
         with loop(b, fn, whole) as i:
             at = b.mul(i, integer(step))
-            for plane, x in enumerate(_decode(b, here, at, bits)):
+            for plane, x in enumerate(decode(b, here, at, bits)):
                 to = b.add(b.mul(i, integer(LANES)), b.mul(size, integer(plane)))
                 store(b, _numbers(b, x), b.gep(there, [to]))
         for plane in range(planes):
@@ -127,11 +127,11 @@ def _unpack_steps(b: Value, fn: Value, codes: Value, size: Value, to: Value, bit
     step = STEP[bits]
     for plane in range(PLANES[bits]):
         with loop(b, fn, b.sdiv(b.add(size, integer(step - 1)), integer(step))) as i:
-            x = _numbers(b, _decode(b, codes, b.mul(i, integer(step)), bits)[plane])
+            x = _numbers(b, decode(b, codes, b.mul(i, integer(step)), bits)[plane])
             store(b, x, b.gep(to, [b.add(b.mul(i, integer(LANES)), b.mul(size, integer(plane)))]))
 
 
-def _decode(b: Value, row: Value, at: Value, bits: str) -> list[Value]:
+def decode(b: Value, row: Value, at: Value, bits: str) -> list[Value]:
     """The planes of the step that starts at byte `at`: float32, or of signs what bits are set."""
     if bits == "sign":
         return [b.bitcast(b.load(b.bitcast(b.gep(row, [at]), pointer(I16)), align=1), ir.VectorType(I1, LANES))]

@@ -1,0 +1,206 @@
+"""v^T X u of stored pairs of all blocks of an index with matrix tiles (AMX), in one call for a window of rows.
+
+A query's matrix X is three bfloat16 pieces whose sum it is, to the last bit of float32, over a power of two near its
+largest number; numbers below 2^-110 of that are lost. Sides of codes become bfloat16, which holds them exactly. X^T v
+is a float32 sum of up to 3 a / 32 tile products of 32 each, v^T X u one of b products in sixteen lanes and float64
+every 64 columns: it is off by at most (3 a / 32 + 32) 2^-24 of the sum of the products' sizes (Higham, Accuracy and
+Stability of Numerical Algorithms, section 4.2), and by 5e-7 of its root mean square as measured. The order of the sums
+depends on the factors alone: a pair scores the same to the bit in any company, on any number of threads.
+
+Not here: the loop (pairtiles.py), which blocks it is for (programs.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .codec import PER_BYTE, Factors
+from .compiled import LANES, in_parts, loop
+
+TILES = 1 << 28  # bytes of all matrices that are kept ready: of more, some are made at a time, for each window of rows
+SUMS = 1 << 22  # sums of pairs and queries held at once, in float64
+MATRICES = 1 << 20  # bytes of the matrices of a block that are gone through for 48 pairs, which the cache holds
+STEP, PIECES, GROUP = 32, 3, 48  # numbers of a tile along v, pieces of X, pairs side by side
+TILE = 1024  # bytes
+HELD = 12 << 10  # bytes of products on their way in the loop's space
+LEAST = 512  # rows of a thread
+
+
+class PairLine(NamedTuple):
+    """A line of the table of pairtiles.py: one block and some of its queries; addresses, bytes and numbers."""
+
+    v: Any  # addresses of the first pair's sides and scale: one row of each after the other
+    u: Any
+    scale: Any
+    x: Any  # address of the queries' matrices in pieces and tiles
+    weights: Any  # address of what multiplies each query's products
+    size_v: Any  # bytes of a side
+    size_u: Any
+    steps: Any  # tiles along v
+    columns: Any  # tiles along u
+    tiles: Any  # bytes of one query's tiles
+    first_query: Any
+    queries: Any
+    room: Any  # bytes of the space for a group's sides
+    wide_v: Any  # bytes of a side in that space
+    wide_u: Any
+
+
+class MatrixLine(NamedTuple):
+    """A line of the table of matrices that are cut to pieces: those of one block, of all queries."""
+
+    x: Any  # address of the first query's numbers, float32; the next query's follow
+    to: Any  # address of the first query's tiles
+    weights: Any  # address of what each query was divided by, float64
+    a: Any  # numbers along v and u
+    b: Any
+    along: Any  # numbers from one to the next of them
+    across: Any
+    steps: Any  # tiles along v and u
+    columns: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairProgram:
+    """What is asked of blocks `keys`, whose rows are `rank` pairs each, written with the same bits."""
+
+    keys: tuple[str, ...]
+    rank: int
+    bits: str
+    queries: Sequence[Float[Tensor, "Q _"]]
+    shapes: Sequence["_Shape"]
+    tables: Sequence["_Table"]  # what is ready of the queries: all of them, or nothing if their tiles take too much
+
+    @staticmethod
+    def of(keys: Sequence[str], queries: Sequence[Float[Tensor, "Q _"]], factors: Sequence[Factors], *, rank: int,
+           bits: str) -> "PairProgram":  # fmt: skip
+        """`queries` and `factors` (a, b) of each key; the pairs' v has a numbers and u has b. Only where
+        `compiled.tiles_usable`."""
+        numbers = [q.detach().float().contiguous() for q in queries]
+        shapes = [_shape(a, b, bits) for a, b in factors]
+        fits = len(numbers[0]) * sum(shape.size for shape in shapes) <= TILES
+        tables = [_Table.of(numbers, shapes, rank, 0, len(numbers[0]))] if fits else []
+        return PairProgram(tuple(keys), rank, bits, numbers, shapes, tables)
+
+    def add(self, scores: Float[Tensor, "Q n"], places: Sequence[tuple[int, ...]]) -> None:
+        """scores += <query, row> for n rows; `places` are the addresses of each block's v, u and scale (0 where there
+        is none) at the first of them."""
+        addresses = torch.tensor(places, dtype=torch.int64).flatten()
+        for table in self.tables or self._made():
+            mine, step = addresses[table.blocks], max(1, SUMS // (table.count * self.rank))
+            asked = scores[table.first : table.first + table.count]
+            for lo in range(0, scores.shape[1], step):
+                part = asked[:, lo : lo + step]
+
+                def run(a: int, b: int, lo: int = lo, part: Tensor = part, mine: Tensor = mine, table: _Table = table):
+                    self._run(part[:, a:b], table, mine + (lo + a) * table.strides)
+
+                in_parts(part.shape[1], LEAST, run)
+
+    def _made(self) -> Iterator["_Table"]:
+        """Tables of as many queries at a time as TILES lets."""
+        step = max(1, TILES // sum(shape.size for shape in self.shapes))
+        for lo in range(0, len(self.queries[0]), step):
+            yield _Table.of(self.queries, self.shapes, self.rank, lo, min(lo + step, len(self.queries[0])))
+
+    def _run(self, scores: Float[Tensor, "q n"], table: "_Table", addresses: Int64[Tensor, "lines 3"]) -> None:
+        count = scores.shape[1] * self.rank
+        lines = table.lines.clone()
+        lines[:, :3] = addresses
+        apart = -(-count // GROUP) * GROUP
+        out = torch.zeros(table.count, apart, dtype=torch.float64)
+        space = torch.zeros(HELD + 5 * max(shape.room for shape in self.shapes) + 64, dtype=torch.uint8)
+        loop("pairs", self.bits)(
+            lines.data_ptr(), len(lines), count, out.data_ptr(), apart, _aligned(space)
+        )  # fmt: skip
+        found = out[:, :count]
+        scores += found if self.rank == 1 else found.unflatten(1, (-1, self.rank)).sum(2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """Queries `first` to first + count - 1 as the loop reads them."""
+
+    first: int
+    count: int
+    lines: Int64[Tensor, "lines fields"]  # of `PairLine`, but for the addresses of stored tensors
+    blocks: Int64[Tensor, "lines 3"]  # where those are among all places' numbers
+    strides: Int64[Tensor, "lines 3"]  # bytes of a row of them
+    held: Sequence[Tensor]  # what the lines point to
+
+    @staticmethod
+    def of(queries: Sequence[Tensor], shapes: Sequence["_Shape"], rank: int, lo: int, hi: int) -> "_Table":
+        count = hi - lo
+        tiles = torch.empty(64 + count * sum(shape.size for shape in shapes), dtype=torch.uint8)
+        weights = torch.empty(len(shapes), count, dtype=torch.float64)
+        matrices, lines, blocks = [], [], []
+        room, to, weight = max(shape.room for shape in shapes), _aligned(tiles), weights.data_ptr()
+        for i, (x, shape) in enumerate(zip(queries, shapes, strict=True)):
+            at = x.data_ptr() + 4 * lo * x.shape[1]
+            matrices.append((at, to, weight, *shape.matrix, shape.steps, shape.columns))
+            most = max(1, MATRICES // shape.size)
+            for first in range(0, count, most):
+                asked = first, min(most, count - first)
+                mine = to + first * shape.size, weight + 8 * first
+                lines.append((0, 0, 0, *mine, *shape.line, *asked, room, *shape.wide))
+                blocks.append([3 * i + side for side in shape.sides])
+            to, weight = to + count * shape.size, weight + 8 * count
+        table = torch.tensor(matrices, dtype=torch.int64)
+        assert table.shape[1] == len(MatrixLine._fields) and len(lines[0]) == len(PairLine._fields)
+        loop("pieces")(table.data_ptr(), len(table), count)
+        table = torch.tensor(lines, dtype=torch.int64)
+        strides = torch.full((len(table), 3), 2 * rank)
+        strides[:, :2] = table[:, 5:7] * rank
+        return _Table(lo, count, table, torch.tensor(blocks), strides, (tiles, weights))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How the pairs of a block are gone through: v^T X, or where that takes fewer products, u^T X^T."""
+
+    matrix: tuple[int, int, int, int]  # a and b, and the numbers from one to the next of X along them
+    sides: tuple[int, int, int]  # which of v, u and scale of a place are taken for them
+    steps: int  # tiles along v and u
+    columns: int
+    line: tuple[int, int, int, int, int]  # bytes of a side of each, the steps, the columns, bytes of a query's tiles
+    wide: tuple[int, int]  # bytes from side to side in the loop's space
+
+    @property
+    def size(self) -> int:
+        """Bytes of a query's tiles."""
+        return self.line[-1]
+
+    @property
+    def room(self) -> int:
+        """Bytes of a group's sides, in the loop's space."""
+        return GROUP * max(self.wide) + 64
+
+
+@lru_cache(maxsize=64)
+def _shape(a: int, b: int, bits: str) -> _Shape:
+    swapped = _tiles(b, a) < _tiles(a, b)
+    matrix = (b, a, 1, b) if swapped else (a, b, b, 1)
+    along, across = matrix[:2]
+    steps, columns = -(-along // STEP), -(-across // LANES)
+    # Sides so far apart that a tile's rows do not fall on one another in the nearest cache; codes are written in whole
+    # steps of sixteen numbers.
+    more = bits in PER_BYTE
+    wide_v, wide_u = (2 * STEP * (tiles + more | 1) for tiles in (steps, -(-columns // 2)))
+    size_v, size_u = (-(-side // PER_BYTE[bits]) if more else 2 * side for side in (along, across))
+    line = size_v, size_u, steps, columns, steps * columns * PIECES * TILE
+    return _Shape(matrix, (1, 0, 2) if swapped else (0, 1, 2), steps, columns, line, (wide_v, wide_u))
+
+
+def _aligned(x: Tensor) -> int:
+    """The address of the first byte that begins a line of the cache."""
+    return -(-x.data_ptr() // 64) * 64
+
+
+def _tiles(a: int, b: int) -> int:
+    """What X^T v, and then u, take of tiles: products, and what is done of each tile of columns."""
+    return (PIECES * -(-a // STEP) + 2) * -(-b // LANES)
