@@ -57,8 +57,7 @@ class Asked:
         """scores += <query, row> of the rows from `lo` on, all in `shard`; and squares += <row, row>, if wanted."""
         n = scores.shape[1]
         for program in self.programs:
-            step = _step(*[self.forms[key] for key in program.keys])
-            programs.add(scores, program, self.forms, shard, lo, step=step)
+            programs.add(scores, program, self.forms, shard, lo, numbers=FETCH_NUMBERS)
             if squares is not None:
                 for key in program.keys:
                     for at, row in _pieces(shard, key, self.forms[key], lo, lo + n):
@@ -98,14 +97,9 @@ def captured(index: RowSource, queries: Mapping[str, Tensor], query_rank: int) -
 
 def _pieces(shard: Shard, key: str, form: Form, lo: int, hi: int) -> Iterator[tuple[int, Row]]:
     """Rows lo to hi of the index, from their shard, some at a time: (the first one's number, rows)."""
-    step = _step(form)
+    step = max(1, FETCH_NUMBERS // max(1, form.numbers))
     for at in range(lo, hi, step):
         yield at, shard.grads(key, at - shard.lo, min(at + step, hi) - shard.lo)
-
-
-def _step(*forms: Form) -> int:
-    """How many rows of such blocks are read at a time."""
-    return max(1, FETCH_NUMBERS // max(1, sum(form.numbers for form in forms)))
 
 
 def blame_rows(shard: Shard, forms: Mapping[str, Form]) -> None:

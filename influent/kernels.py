@@ -88,7 +88,10 @@ class BlockQueries:
         """Whether rows of this form are best left to a program (programs.py)."""
         if form.bits not in TILED or not compiled.tiles_usable():
             return False
-        return form.factors is None and (form.packed or len(self) <= TILED_QUERIES)
+        if form.factors is None:
+            return form.packed or len(self) <= TILED_QUERIES
+        loops = form.packed and _loops(form.factors)
+        return self._cheapest(form.rank, *form.factors, loops=loops, tiles=True)[0] == "tiles"
 
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""

@@ -16,6 +16,7 @@ from .codec import Form
 from .errors import MismatchError
 from .gradients import Flat, LowRank, Packed, PackedPairs, Row
 from .gram import Described, Mapped, RowSource, Shard
+from .pairprograms import PairProgram
 from .payload import Places
 from .tileproducts import DenseProgram
 
@@ -44,14 +45,16 @@ def programs(forms: Mapping[str, Form], queries: Mapping[str, Float[Tensor, "Q K
 
 
 def _program(bits: str, rank: int, keys: list[str], queries: list[Tensor], forms: list[Form]) -> Program:
-    assert rank == 0
-    return DenseProgram.of(keys, queries, bits)
+    if rank == 0:
+        return DenseProgram.of(keys, queries, bits)
+    return PairProgram.of(keys, queries, [form.factors for form in forms if form.factors], rank=rank, bits=bits)
 
 
 def add(
-    scores: Float[Tensor, "Q n"], program: Program, forms: Mapping[str, Form], shard: Shard, lo: int, *, step: int
+    scores: Float[Tensor, "Q n"], program: Program, forms: Mapping[str, Form], shard: Shard, lo: int, *, numbers: int
 ) -> None:
-    """scores += <query, row> of the rows from `lo` on; those that are not in memory are read `step` at a time."""
+    """scores += <query, row> of the rows from `lo` on; of those that are not in memory so many numbers are read at a
+    time."""
     n = scores.shape[1]
     assert shard.lo <= lo <= lo + n <= shard.hi
     if isinstance(shard, Mapped) and shard.is_mapped:
@@ -59,6 +62,7 @@ def add(
         program.add(scores, places.addresses)
         del places  # its mapping was needed until now
         return
+    step = max(1, numbers // max(1, sum(forms[key].numbers for key in program.keys)))
     for at in range(lo, lo + n, step):
         end = min(at + step, lo + n)
         places = _fetched(shard, program.keys, forms, at, end)
