@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_index import random_rows, write_index
 
-from influent import kernels, programs
+from influent import compiled, kernels, programs
 from influent import score as score_module
+from influent.asking import ask
 from influent.codec import Codec, Form
 from influent.coding import decode
 from influent.errors import CorruptError, MismatchError, NumericsError
@@ -196,6 +197,31 @@ def test_queries_are_cut_for_programs_as_for_blocks(tmp_path, made, monkeypatch)
     monkeypatch.setattr(kernels.BlockQueries, "by_tiles", lambda self, form: False)
     torch.testing.assert_close(got, all_scores(index, queries, query_rank=1), rtol=1e-5, atol=1e-5)
     assert bool((energy < 1).all())
+
+
+@pytest.mark.skipif(not compiled.tiles_usable(), reason="this machine has no matrix tiles")
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_programs_of_this_machine_score_the_rows(tmp_path, monkeypatch, codec):
+    index, queries = written(tmp_path / "index", codec), asked()
+    assert ask(index, queries, None).programs
+    expected = oracle.scores(stored(index), queries)
+    near(all_scores(index, queries), expected)
+    monkeypatch.setattr(score_module, "WINDOW_SCORES", 9)
+    near(all_scores(index, queries), expected)
+    near(all_scores(Memory(index), queries), expected)
+
+
+def test_programs_take_few_queries_and_what_no_cut_makes_cheaper(monkeypatch):
+    monkeypatch.setattr(compiled, "tiles_usable", lambda: True)
+    dense, packed, pair = Form("bfloat16", 4096), Form("int4", 4096), Form("bfloat16", 4096, (64, 64), 1)
+    few, many = (kernels.prepare(torch.randn(n, 4096), (64, 64), None) for n in (1, 300))
+    assert [few.by_tiles(form) for form in (dense, packed, pair)] == [True, True, True]
+    assert [many.by_tiles(form) for form in (dense, packed, pair)] == [False, True, False]
+    assert not few.by_tiles(Form("float32", 4096))
+    best, good = (kernels.prepare(torch.randn(1, 4096), (64, 64), rank) for rank in (1, 31))
+    assert not best.by_tiles(pair) and good.by_tiles(pair)
+    monkeypatch.setattr(compiled, "tiles_usable", lambda: False)
+    assert not few.by_tiles(pair)
 
 
 @pytest.mark.parametrize("bits", ["float32", "float16"])
