@@ -29,12 +29,9 @@ STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 PAIRS = 4  # pairs side by side, which share what is loaded of X
 TILE_STEP = {"bfloat16": 64, "int8": 64, "int4": 32, "sign": 8}  # bytes of a row that a left tile has
-# Steps of a row that are summed before they are weighed, for one right tile a step and for three: those of bfloat16 are
-# float32 sums; unpacked bytes and three right tiles a step stay in cache.
-TILE_PIECE = {
-    ("bfloat16", 1): 128, ("int8", 1): 128, ("int4", 1): 32, ("sign", 1): 32,
-    ("bfloat16", 3): 32, ("int8", 3): 32, ("int4", 3): 32, ("sign", 3): 32,
-}  # fmt: skip
+TILE_BLOCK = {1: 16, 3: 32}  # rows at a time, for so many right tiles a step
+TILE_PIECE = {1: 128, 3: 16}  # steps of a row that are summed before they are weighed: the sums of bfloat16 are float32
+TILE_STAGED = {1: 8, 3: 32}  # left tiles that wait, in cache
 TILE_LINE = 8  # numbers of a line of their tables
 TILE_PIECES = 3  # of a query's number, in columns side by side if there are few queries, else in a tile each
 TILE_FEW = {4: 1, 8: 2, 16: 5}  # the columns that a right tile has, and for how many queries' pieces they do
@@ -50,7 +47,7 @@ _LOOPS = {
     "pairs": ("pairtiles", "pnnpnp"),
     "pieces": ("pairtiles", "pnn"),
 }
-_TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw")  # what loops with tiles are compiled for
+_TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw", "gfni")  # what loops with tiles are compiled for
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once
 
 

@@ -6,9 +6,9 @@ brought to between 1 and 2 by a power of two: exact, but for what is below 2^-12
 of base 254, q = s (d1 + d2 / 254 + d3 / 254^2) up to |q|max 2^-24, as in digits.py, and sums are exact.
 
 So the score of a row in codes is off by at most 2^-24 |q|max sum_j |code_j| |scale|, of signs by twice that; of a
-bfloat16 row, whose float32 sums have chains of 16 products in a step and of a quarter of a piece's steps (or half of a
-shorter one's), by (16 + 32 + 3) 2^-24 sum_j |q_j x_j|. Numbers of bfloat16 rows below 2^-126 count as zero. The order
-of the sums depends on nothing but the number of queries: a row scores the same to the bit in any company.
+bfloat16 row, whose float32 sums have chains of 32 products in a step and of up to 32 steps, by
+(32 + 32 + 3) 2^-24 sum_j |q_j x_j|. Numbers of bfloat16 rows below 2^-126 count as zero. The order of the sums depends
+on nothing but the number of queries: a row scores the same to the bit in any company.
 
 Not here: the loops (tiles.py), whose rows lie where.
 """
@@ -22,12 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .codec import PER_BYTE
-from .compiled import TILE_FEW, TILE_LINE, TILE_PIECE, TILE_PIECES, TILE_STEP, loop
+from .compiled import TILE_BLOCK, TILE_FEW, TILE_LINE, TILE_PIECES, TILE_STAGED, TILE_STEP, in_parts, loop
 
 WIDE = 1 << 19  # bytes of sums on their way: rows are taken so many at a time
 GROUPS = 8  # of sixteen queries that are taken at a time, whose tiles then stay in cache
 COLUMNS = 16  # queries of a group, unless one tile is enough for all pieces
-TILE = 1024
+LEAST = 512  # rows of a thread
+TILE = 1024  # bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +64,13 @@ class DenseProgram:
 
     def add(self, scores: Float[Tensor, "Q n"], places: Sequence[tuple[int, ...]]) -> None:
         """scores += <query, row> of the n rows that lie, block by block, from `places` on."""
-        n, (tiles, columns, num_groups) = scores.shape[1], _shape(self.num_queries)
-        table = self.table.copy()
+        n, table = scores.shape[1], self.table.copy()
         table[:, :2] = places
+        in_parts(n, LEAST, lambda lo, hi: self._add(scores[:, lo:hi], table, lo, n))
+
+    def _add(self, scores: Float[Tensor, "Q m"], table: np.ndarray, first: int, there: int) -> None:
+        """The scores of rows from `first` on, of `there` rows."""
+        n, (tiles, columns, num_groups) = scores.shape[1], _shape(self.num_queries)
         run, space = loop("dense", self.bits, tiles, columns), self._space(n)
         for group in range(0, num_groups, GROUPS):
             groups = min(GROUPS, num_groups - group)
@@ -74,17 +79,18 @@ class DenseProgram:
             for lo in range(0, n, step):
                 m = min(step, n - lo)
                 wide = torch.zeros(groups, m, columns, dtype=torch.float64)
-                run(table.ctypes.data, len(table), lo, m, n, group, groups, wide.data_ptr(), space.data_ptr())
+                into_wide, held = wide.data_ptr(), space.data_ptr()
+                run(table.ctypes.data, len(table), first + lo, m, there, group, groups, into_wide, held)
                 into[:, lo : lo + m] += _folded(wide, len(into), tiles)
 
     def _space(self, n: int) -> Tensor:
         """Accumulators, unpacked codes, and the rows that are copied: those of two groups, and what a left tile is
         wider than narrow rows."""
-        stride, steps = self.table[:, 2], self.table[:, 3]
+        tiles = _shape(self.num_queries)[0]
+        stride, steps, block = self.table[:, 2], self.table[:, 3], TILE_BLOCK[tiles]
         size = -(-steps * TILE_STEP[self.bits] // 64) * 64
-        copied = np.minimum(n, 32 + 64 // stride) * size
-        unpacked = TILE_PIECE[self.bits, _shape(self.num_queries)[0]] * TILE
-        return torch.empty(8 * TILE + unpacked + int(copied.max()), dtype=torch.uint8)
+        copied = np.minimum(n, 3 * block + 64 // stride) + block
+        return torch.empty(8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
 
 
 def _shape(num_queries: int) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from .llvm import (
     F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat, spread,
 )  # fmt: skip
 
-WORTH = {"bfloat16": 1.0, "int8": 1.0, "int4": 1 / 16, "sign": 2.0}  # of a product with the bytes in a left tile
+WORTH = {"bfloat16": 1.0, "int8": 1.0, "int4": 1 / 16, "sign": -2.0}  # of a product with the bytes in a left tile
 MANY = 64  # numbers at a time while the largest is looked for
 
 
@@ -69,7 +69,11 @@ def _step(b: Value, bits: str, q: Value, step: Value, width: Value) -> Value:
         high = b.icmp_signed("==", b.and_(step, integer(1)), integer(1))
         start = b.add(b.mul(b.sdiv(step, integer(2)), integer(64)), b.select(high, half, integer(0)))
         end = b.select(high, width, half)
-    return _masked(b, q, start, end, _count(bits))
+    x = _masked(b, q, start, end, _count(bits))
+    if bits == "sign":  # bit k of byte i is byte 8k + i of the left tile
+        order = [8 * i + k for k in range(8) for i in range(8)]
+        x = b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, len(order)), order))
+    return x
 
 
 def _largest(b: Value, fn: Value, q: Value, width: Value) -> tuple[Value, Value]:

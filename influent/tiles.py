@@ -1,28 +1,29 @@
 """Loops over dense stored rows on the matrix tiles of x86 (AMX), as LLVM code: sixteen rows against sixteen columns.
 
 A table has a line for each block, so that one call scores the rows of all of them. A block's queries lie ready as right
-tiles, `tiles` of them a step for each group of queries; sixteen rows are the left tile: the stored bytes themselves of
-bfloat16 and int8, and codes unpacked to bytes of int4 and sign. Integer sums are exact. Those of bfloat16 are float32
-over a piece of TILE_PIECE steps and float64 beyond. A row meets the same sums in the same order whatever rows it comes
-with.
+tiles, `tiles` of them a step for each group of queries; the left tile are sixteen rows' stored bytes of bfloat16 and
+int8, and their codes unpacked to bytes of int4 and sign. Integer sums are exact. Those of bfloat16 are float32 over a
+piece of TILE_PIECE steps and float64 beyond. A row meets the same sums in the same order whatever rows it comes with.
 
 What a left tile holds beyond its row is multiplied by zeros: it is the next row's, so that of bfloat16 a row that is
 not finite makes the one before it NaN, too. Nothing is read beyond the last row: rows that end too near it are copied.
 This module needs llvmlite, so nothing but compiled.py imports it. Not here: what the tiles hold (tileproducts.py).
 """
 
-from dataclasses import dataclass  # noqa: I001
+from collections.abc import Callable  # noqa: I001
+from dataclasses import dataclass
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-from .compiled import TILE_LINE, TILE_PIECE, TILE_STEP
+from .compiled import TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_STAGED, TILE_STEP
 from .llvm import (
     F32, F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
     spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
 )  # fmt: skip
 
 TILE = TILE_ROWS * TILE_BYTES
-SUMS = 8 * TILE  # bytes of the space for accumulators; unpacked codes follow, then the rows that are copied
+SUMS = 8 * TILE  # bytes of the space for accumulators; staged left tiles follow, then the rows that are copied
+AHEAD = 1 << 14  # bytes, or a block's if those are more, that memory is asked for before they are read
 BYTES = ir.VectorType(I8, TILE_BYTES)
 
 
@@ -55,9 +56,14 @@ class _Loop:
     space: Value
 
     @property
+    def block(self) -> int:
+        """Rows at a time: with several right tiles two left ones, which each meets before it is let go."""
+        return TILE_BLOCK[self.tiles]
+
+    @property
     def chains(self) -> int:
         """Sums of each tile that are under way at a time: a product waits for the one before it of its own."""
-        return 4 if self.tiles == 1 else 2
+        return 4 if self.tiles == 1 else 1
 
     @property
     def lefts(self) -> tuple[int, ...]:
@@ -73,10 +79,6 @@ class _Loop:
     def right(self) -> int:
         return TILE_ROWS * self.width
 
-    @property
-    def unpacks(self) -> bool:
-        return self.bits in ("int4", "sign")
-
 
 def dense(bits: str, tiles: int, columns: int) -> str:
     """The module of a function that adds the weighted sums of `rows` rows from `first` on to `wide`.
@@ -90,7 +92,7 @@ def dense(bits: str, tiles: int, columns: int) -> str:
     table, lines, first, rows, there, first_group, groups, wide, space = fn.args
     made = _Loop(b, fn, bits, tiles, columns, groups, b.mul(rows, integer(columns)), space)
     widths = [TILE_BYTES if tile in made.lefts else made.width for tile in range(8)]
-    copies = b.gep(space, [integer(SUMS + (TILE_PIECE[bits, tiles] * TILE if made.unpacks else 0))])
+    copies = b.gep(space, [integer(SUMS + TILE_STAGED[tiles] * TILE)])
     tiles_begin(b, widths)
     with loop(b, fn, lines) as number:
         line = b.gep(table, [b.mul(number, integer(TILE_LINE))])
@@ -101,7 +103,7 @@ def dense(bits: str, tiles: int, columns: int) -> str:
         asked = [b.add(start, b.mul(first_group, size)) for start, size in zip(asked, sizes, strict=True)]
         right, weights, constant = (b.inttoptr(x, pointer(kind)) for x, kind in zip(asked, (I8, F64, F64), strict=True))
         size = b.mul(steps, integer(TILE_STEP[bits]))
-        safe = _safe(b, b.sub(there, first), rows, stride, size)
+        safe = _safe(b, b.sub(there, first), rows, stride, size, made.block)
         rest, held = b.sub(rows, safe), b.and_(b.add(size, integer(TILE_BYTES - 1)), integer(-TILE_BYTES))
         _copy(made, b.inttoptr(b.add(codes, b.mul(safe, stride)), pointer(I8)), rest, stride, copies, held)
         with loop(b, fn, integer(2)) as turn:  # the rows where they lie, then those that were copied
@@ -119,11 +121,11 @@ def dense(bits: str, tiles: int, columns: int) -> str:
     return finished(b)
 
 
-def _safe(b: Value, there: Value, rows: Value, stride: Value, size: Value) -> Value:
-    """How many of the rows, in whole groups of sixteen, can be read `size` bytes wide within the rows there are."""
+def _safe(b: Value, there: Value, rows: Value, stride: Value, size: Value, block: int) -> Value:
+    """How many of the rows, in whole blocks, can be read `size` bytes wide within the rows there are."""
     count = b.sdiv(b.sub(b.mul(b.add(there, integer(1)), stride), size), stride)
     count = b.select(b.icmp_signed("<", count, rows), count, rows)
-    return b.and_(b.select(b.icmp_signed(">", count, integer(0)), count, integer(0)), integer(-TILE_ROWS))
+    return b.and_(b.select(b.icmp_signed(">", count, integer(0)), count, integer(0)), integer(-block))
 
 
 def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, held: Value) -> None:
@@ -143,84 +145,158 @@ def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, hel
 
 
 def _score(made: _Loop, rows: _Rows) -> None:
-    """wide += the rows' sums: piece after piece of a row, sixteen rows after sixteen, one group after another."""
-    b, fn, piece = made.b, made.fn, TILE_PIECE[made.bits, made.tiles]
+    """wide += the rows' sums: piece after piece of a row, block after block of rows, one group after another."""
+    b, fn, piece, block = made.b, made.fn, TILE_PIECE[made.tiles], made.block
     with (
         loop(b, fn, b.sdiv(b.add(rows.steps, integer(piece - 1)), integer(piece))) as number,
-        loop(b, fn, b.sdiv(b.add(rows.count, integer(TILE_ROWS - 1)), integer(TILE_ROWS))) as sixteen,
+        loop(b, fn, b.sdiv(b.add(rows.count, integer(block - 1)), integer(block))) as turn,
     ):
-        start, first = b.mul(number, integer(piece)), b.mul(sixteen, integer(TILE_ROWS))
+        start, first = b.mul(number, integer(piece)), b.mul(turn, integer(block))
         steps = _least(b, b.sub(rows.steps, start), integer(piece))
-        count = _least(b, b.sub(rows.count, first), integer(TILE_ROWS))
+        count = _least(b, b.sub(rows.count, first), integer(block))
         at = b.add(b.mul(first, rows.stride), b.mul(start, integer(TILE_STEP[made.bits])))
-        left, stride, apart = b.gep(rows.codes, [at]), rows.stride, TILE_BYTES
-        if made.unpacks:
-            planes = b.gep(made.space, [integer(SUMS)])
-            _unpack(made, left, stride, steps, planes)
-            left, stride, apart = planes, integer(TILE_BYTES), TILE
+        left, staged = b.gep(rows.codes, [at]), b.gep(made.space, [integer(SUMS)])
+        if made.tiles > 1:
+            _stage_all(made, left, rows.stride, steps, staged)
         with loop(b, fn, made.groups) as group:
             skipped = b.add(b.mul(group, rows.steps), start)
             right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * made.right))])
-            _multiply(made, left, stride, apart, right, steps)
+            if made.tiles > 1:
+                _multiply_staged(made, staged, right, steps)
+            else:
+                _multiply(made, left, rows.stride, right, steps, staged)
             into = b.add(b.mul(group, made.apart), b.mul(first, integer(made.columns)))
             begins = b.uitofp(b.icmp_signed("==", number, integer(0)), F64)
             _weigh(made, rows, group, b.gep(rows.wide, [into]), b.gep(rows.scales, [first]), count, begins)
 
 
-def _unpack(made: _Loop, left: Value, stride: Value, steps: Value, to: Value) -> None:
-    """Sixteen rows' codes as bytes, tile after tile: of int4 sixteen times a number, the low halves of 64 bytes and
-    then their high halves; of sign -1 where a bit is set."""
-    b, fn = made.b, made.fn
+def _stage(made: _Loop, start: Value, stride: Value, to: Value, *, apart: int) -> None:
+    """Sixteen rows' codes as bytes of left tiles: as they are; or of int4 sixteen times a number, the low halves of 64
+    bytes and then, `apart` bytes away, their high halves; or of sign 1 where a bit is set, bit k of byte i as byte
+    8k + i. A tile is loaded at once from rows of 64 bytes that begin where cache lines do, and slowly from others."""
+    b = made.b
+    for row in range(TILE_ROWS):
+        place = b.gep(start, [b.mul(stride, integer(row))])
+        if made.bits == "sign":
+            eight = b.load(b.bitcast(place, pointer(I64)), align=1)
+            found = [_bits(b, b.bitcast(spread(b, eight, 8), BYTES))]
+        else:
+            found = [b.load(b.bitcast(place, pointer(BYTES)), align=1)]
+        if made.bits == "int4":
+            high = ir.Constant(BYTES, [-16] * TILE_BYTES)
+            found = [b.shl(found[0], ir.Constant(BYTES, [4] * TILE_BYTES)), b.and_(found[0], high)]
+        for plane, x in enumerate(found):
+            _put(b, x, b.gep(to, [integer(plane * apart + row * TILE_BYTES)]))
+
+
+def _bits(b: Value, x: Value) -> Value:
+    """Of the k-th eight bytes their bits k: 0 or 1. Each eight bytes of the other factor are a matrix over two numbers,
+    a byte a row, the lowest bit's last (GF2P8AFFINEQB)."""
+    rows = [1 << k if byte == 7 else 0 for k in range(8) for byte in range(8)]
+    name = "llvm.x86.vgf2p8affineqb.512"
+    fn = b.module.globals.get(name)
+    if fn is None:
+        fn = ir.Function(b.module, ir.FunctionType(BYTES, [BYTES, BYTES, I8]), name)
+    return b.call(fn, [x, ir.Constant(BYTES, [row - 256 if row > 127 else row for row in rows]), ir.Constant(I8, 0)])
+
+
+def _ask(made: _Loop, start: Value, stride: Value, step: Value) -> None:
+    """Memory is asked for what will be read soon: what it takes to answer is longer than to multiply sixteen rows."""
+    b, name = made.b, "llvm.prefetch.p0"
+    fn = b.module.globals.get(name)
+    if fn is None:
+        fn = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [pointer(I8), *[I32] * 3]), name)
+    size = b.mul(stride, integer(made.block))
+    start = b.gep(start, [b.select(b.icmp_signed(">", size, integer(AHEAD)), size, integer(AHEAD))])
+    if made.bits == "sign":  # whose steps are an eighth of a line: two lines each of what lies there
+        lines = [b.add(b.mul(step, integer(2 * 64)), integer(64 * i)) for i in range(2)]
+    else:
+        column = b.mul(step, integer(TILE_STEP[made.bits]))
+        lines = [b.add(column, b.mul(stride, integer(row))) for row in range(TILE_ROWS)]
+    for line in lines:
+        b.call(fn, [b.gep(start, [line]), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
+def _multiply(made: _Loop, left: Value, stride: Value, right: Value, steps: Value, staged: Value) -> None:
+    """The accumulators are the products of sixteen rows with one tile of columns: step i goes to the chain i mod
+    `chains`. While so many steps are multiplied, as many are staged."""
+    b, fn, chains = made.b, made.fn, made.chains
     planes = 2 if made.bits == "int4" else 1
-    with loop(b, fn, b.sdiv(steps, integer(planes))) as step:
-        at = b.gep(left, [b.mul(step, integer(planes * TILE_STEP[made.bits]))])
-        there = b.gep(to, [b.mul(step, integer(planes * TILE))])
-        for row in range(TILE_ROWS):
-            place = b.gep(at, [b.mul(stride, integer(row))])
-            if made.bits == "sign":
-                x = b.load(b.bitcast(place, pointer(I64)), align=1)
-                found = [b.sext(b.bitcast(x, ir.VectorType(I1, TILE_BYTES)), BYTES)]
-            else:
-                x = b.load(b.bitcast(place, pointer(BYTES)), align=1)
-                found = [
-                    b.shl(x, ir.Constant(BYTES, [4] * TILE_BYTES)),
-                    b.and_(x, ir.Constant(BYTES, [-16] * TILE_BYTES)),
-                ]
-            for plane, x in enumerate(found):
-                _put(b, x, b.gep(there, [integer(plane * TILE + row * TILE_BYTES)]))
 
+    def stage(to: Value, first: Value) -> list[Callable[[], None]]:
+        """What stages `chains` steps, of which those beyond the last are that again."""
 
-def _multiply(made: _Loop, left: Value, stride: Value, apart: int, right: Value, steps: Value) -> None:
-    """The accumulators are the products of sixteen rows with a group of queries: step i goes to the chain i mod
-    `chains`."""
-    b, fn, chains, tiles = made.b, made.fn, made.chains, made.tiles
-    kind = "bfloat16" if made.bits == "bfloat16" else "int8"
-    for tile in range(chains * tiles):
-        tile_zero(b, tile)
+        def one(i: int) -> None:
+            at = _least(b, b.add(first, integer(i)), b.sub(steps, integer(planes)))
+            start = b.gep(left, [b.mul(at, integer(TILE_STEP[made.bits]))])
+            _ask(made, left, stride, at)
+            _stage(made, start, stride, b.gep(to, [integer(i * TILE)]), apart=TILE)
 
-    def step(chain: int, left: Value, right: Value, ahead: int) -> None:
+        return [lambda i=i: one(i) if i % planes == 0 else None for i in range(chains)]
+
+    def step(chain: int, from_: Value, right: Value) -> None:
         x = made.lefts[chain % len(made.lefts)]
-        tile_load(b, x, b.gep(left, [integer(ahead * apart)]), stride)
-        for tile in range(tiles):
-            tile_load(b, x + 1, b.gep(right, [integer((ahead * tiles + tile) * made.right)]), integer(made.width))
-            tile_product(b, kind, chain * tiles + tile, x, x + 1)
+        tile_load(b, x, b.gep(from_, [integer(chain * TILE)]), integer(TILE_BYTES))
+        tile_load(b, x + 1, b.gep(right, [integer(chain * made.right)]), integer(made.width))
+        tile_product(b, "bfloat16" if made.bits == "bfloat16" else "int8", chain, x, x + 1)
 
     def body(state: list[Value]) -> list[Value]:
-        for chain in range(chains):
-            step(chain, *state, chain)
-        return [b.gep(state[0], [integer(chains * apart)]), b.gep(state[1], [integer(chains * tiles * made.right)])]
+        now, next_, right, done = state
+        done = b.add(done, integer(chains))
+        for chain, more in enumerate(stage(next_, done)):
+            step(chain, now, right)
+            more()
+        return [next_, now, b.gep(right, [integer(chains * made.right)]), done]
 
-    left, right = repeat(b, fn, b.sdiv(steps, integer(chains)), [left, right], body)
+    for chain in range(chains):
+        tile_zero(b, chain)
+    for more in stage(staged, integer(0)):
+        more()
+    state = [staged, b.gep(staged, [integer(chains * TILE)]), right, integer(0)]
+    now, _, right, _ = repeat(b, fn, b.sdiv(steps, integer(chains)), state, body)
     rest = b.srem(steps, integer(chains))
     for chain in range(chains - 1):
         with loop(b, fn, b.zext(b.icmp_signed(">", rest, integer(chain)), I64)):
-            step(chain, left, right, chain)
+            step(chain, now, right)
+
+
+def _stage_all(made: _Loop, left: Value, stride: Value, steps: Value, to: Value) -> None:
+    """All steps of a block of rows, which wait for all groups: of each step sixteen rows after sixteen."""
+    b, fn = made.b, made.fn
+    planes, halves = 2 if made.bits == "int4" else 1, made.block // TILE_ROWS
+    with loop(b, fn, b.sdiv(steps, integer(planes))) as column:
+        step = b.mul(column, integer(planes))
+        for half in range(halves):
+            start = b.gep(left, [b.mul(stride, integer(half * TILE_ROWS))])
+            _ask(made, start, stride, step)
+            place = b.gep(to, [b.add(b.mul(step, integer(halves * TILE)), integer(half * TILE))])
+            start = b.gep(start, [b.mul(step, integer(TILE_STEP[made.bits]))])
+            _stage(made, start, stride, place, apart=halves * TILE)
+
+
+def _multiply_staged(made: _Loop, staged: Value, right: Value, steps: Value) -> None:
+    """The accumulators are the products of a block of rows with the tiles of a group: each right tile is loaded once
+    for all."""
+    b, tiles, halves = made.b, made.tiles, made.block // TILE_ROWS
+    for tile in range(tiles * halves):
+        tile_zero(b, tile)
+
+    def body(state: list[Value]) -> list[Value]:
+        left, right = state
+        for tile in range(tiles):
+            tile_load(b, 7, b.gep(right, [integer(tile * made.right)]), integer(made.width))
+            for half in range(halves):
+                tile_load(b, 6, b.gep(left, [integer(half * TILE)]), integer(TILE_BYTES))
+                tile_product(b, "bfloat16" if made.bits == "bfloat16" else "int8", half * tiles + tile, 6, 7)
+        return [b.gep(left, [integer(halves * TILE)]), b.gep(right, [integer(tiles * made.right)])]
+
+    repeat(b, made.fn, steps, [staged, right], body)
 
 
 def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, count: Value, begins: Value) -> None:
     """wide += scale * (weights * sums + constant), the constant where a row begins."""
     b, fn, tiles, columns = made.b, made.fn, made.tiles, made.columns
-    for tile in range(made.chains * tiles):
+    for tile in range(made.chains * tiles * (made.block // TILE_ROWS)):
         tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(made.width))
     number = F32 if made.bits == "bfloat16" else I32
     weights = b.gep(rows.weights, [b.mul(group, integer(tiles * columns))])
@@ -232,7 +308,9 @@ def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, c
         for tile in range(tiles):
             parts = []
             for chain in range(made.chains):
-                at = b.add(b.mul(row, integer(made.width)), integer((chain * tiles + tile) * TILE))
+                half = b.mul(b.sdiv(row, integer(TILE_ROWS)), integer(tiles * TILE))
+                at = b.add(half, b.mul(b.and_(row, integer(TILE_ROWS - 1)), integer(made.width)))
+                at = b.add(at, integer((chain * tiles + tile) * TILE))
                 place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, columns)))
                 parts.append(b.load(place, align=16))
             total = _plus(b, total, _sum(b, parts), weights[tile])

@@ -66,7 +66,7 @@ def test_the_error_is_within_what_the_module_promises(bits, num_queries):
     q = (row.numbers[:1].sign() * (1 + asked(num_queries, 20_000).abs())).float()
     q[:, 0] *= 1000
     if bits == "bfloat16":
-        bound = (16 + 32 + 3) * 2**-24 * (q.double().abs() @ row.numbers.abs().T)
+        bound = (32 + 32 + 3) * 2**-24 * (q.double().abs() @ row.numbers.abs().T)
     else:
         least = 2**-24 * (2 if bits == "sign" else 1) * q.double().abs().amax(1)
         bound = least[:, None] * row.numbers.abs().sum(1) + 1e-13 * (q.double().abs() @ row.numbers.abs().T)
@@ -161,6 +161,15 @@ def test_others_use_the_tiles_in_between(bits):
         assert torch.equal(a @ a.T, theirs)
         assert torch.equal(added(q, row), ours)
         assert torch.equal(torch._int_mm(c, c.T.contiguous()), bytes_)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_many_rows_are_shared_among_threads(bits, monkeypatch):
+    row, q = stored(bits, 70, 130), asked(3, 130)
+    whole = added(q, row)
+    monkeypatch.setattr(tileproducts, "LEAST", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert torch.equal(added(q, row), whole)
 
 
 @pytest.mark.parametrize("bits", BITS)
