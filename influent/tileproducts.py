@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .codec import PER_BYTE
-from .compiled import TILE_BLOCK, TILE_FEW, TILE_LINE, TILE_PIECES, TILE_STAGED, TILE_STEP, in_parts, loop
+from .compiled import LANES, TILE_BLOCK, TILE_FEW, TILE_LINE, TILE_PIECES, TILE_STAGED, TILE_STEP, in_parts, loop
 
 WIDE = 1 << 19  # bytes of sums on their way: rows are taken so many at a time
 GROUPS = 8  # of sixteen queries that are taken at a time, whose tiles then stay in cache
@@ -78,7 +78,10 @@ class DenseProgram:
             into = scores if tiles == 1 else scores[group * columns : (group + groups) * columns]
             for lo in range(0, n, step):
                 m = min(step, n - lo)
-                wide = torch.zeros(groups, m, columns, dtype=torch.float64)
+                held = torch.zeros(
+                    groups * m + LANES, columns, dtype=torch.float64
+                )  # whole vectors of rows are written
+                wide = held[: groups * m].view(groups, m, columns)
                 into_wide, held = wide.data_ptr(), space.data_ptr()
                 run(table.ctypes.data, len(table), first + lo, m, there, group, groups, into_wide, held)
                 into[:, lo : lo + m] += _folded(wide, len(into), tiles)

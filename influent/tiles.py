@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-from .compiled import TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_STAGED, TILE_STEP
+from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_STAGED, TILE_STEP
 from .llvm import (
-    F32, F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
+    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
     spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
 )  # fmt: skip
 
@@ -132,15 +132,13 @@ def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, hel
     """Rows with zeros behind them, `held` bytes each."""
     b, fn = made.b, made.fn
     lanes = ir.Constant(BYTES, list(range(TILE_BYTES)))
-    kinds = [pointer(BYTES), I32, ir.VectorType(I1, TILE_BYTES), BYTES]
-    masked = ir.Function(b.module, ir.FunctionType(BYTES, kinds), "llvm.masked.load.v64i8.p0")
     with loop(b, fn, count) as row, loop(b, fn, b.sdiv(held, integer(TILE_BYTES))) as piece:
         at = b.mul(piece, integer(TILE_BYTES))
         left = b.sub(stride, at)
         left = b.trunc(b.select(b.icmp_signed("<", left, integer(TILE_BYTES)), left, integer(TILE_BYTES)), I8)
         mask = b.icmp_signed("<", lanes, spread(b, left, TILE_BYTES))
         start = b.bitcast(b.gep(codes, [b.add(b.mul(row, stride), at)]), pointer(BYTES))
-        x = b.call(masked, [start, ir.Constant(I32, 1), mask, ir.Constant(BYTES, [0] * TILE_BYTES)])
+        x = _masked(b, start, mask, BYTES, "llvm.masked.load.v64i8.p0", 1)
         _put(b, x, b.gep(to, [b.add(b.mul(row, held), at)]))
 
 
@@ -298,31 +296,57 @@ def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, c
     b, fn, tiles, columns = made.b, made.fn, made.tiles, made.columns
     for tile in range(made.chains * tiles * (made.block // TILE_ROWS)):
         tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(made.width))
-    number = F32 if made.bits == "bfloat16" else I32
+    number, together = F32 if made.bits == "bfloat16" else I32, LANES // columns  # rows whose sums fill a vector
     weights = b.gep(rows.weights, [b.mul(group, integer(tiles * columns))])
-    weights = [_doubles(b, b.gep(weights, [integer(tile * columns)]), columns) for tile in range(tiles)]
-    constant = _doubles(b, b.gep(rows.constant, [b.mul(group, integer(columns))]), columns)
-    constant = b.fmul(constant, spread(b, begins, columns))
-    with loop(b, fn, count) as row:
-        total = constant
+    weights = [_each(b, b.gep(weights, [integer(tile * columns)]), columns) for tile in range(tiles)]
+    constant = _each(b, b.gep(rows.constant, [b.mul(group, integer(columns))]), columns)
+    constant = b.fmul(constant, spread(b, begins))
+    with loop(b, fn, b.sdiv(b.add(count, integer(together - 1)), integer(together))) as turn:
+        row, total = b.mul(turn, integer(together)), constant
+        half = b.mul(b.sdiv(row, integer(TILE_ROWS)), integer(tiles * TILE))
+        start = b.add(half, b.mul(b.and_(row, integer(TILE_ROWS - 1)), integer(made.width)))
         for tile in range(tiles):
             parts = []
             for chain in range(made.chains):
-                half = b.mul(b.sdiv(row, integer(TILE_ROWS)), integer(tiles * TILE))
-                at = b.add(half, b.mul(b.and_(row, integer(TILE_ROWS - 1)), integer(made.width)))
-                at = b.add(at, integer((chain * tiles + tile) * TILE))
-                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, columns)))
-                parts.append(b.load(place, align=16))
+                at = b.add(start, integer((chain * tiles + tile) * TILE))
+                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, LANES)))
+                parts.append(b.load(place, align=64))
             total = _plus(b, total, _sum(b, parts), weights[tile])
-        place = b.gep(into, [b.mul(row, integer(columns))])
-        before = _doubles(b, place, columns)
+        place = b.bitcast(b.gep(into, [b.mul(row, integer(columns))]), pointer(ir.VectorType(F64, LANES)))
+        found = b.load(place, align=8)
         if made.bits == "bfloat16":
-            found = b.fadd(before, total)
+            found = b.fadd(found, total)
         else:
-            bits = b.shl(b.zext(b.load(b.gep(scales, [row])), I32), ir.Constant(I32, 16))
-            scale = spread(b, b.fpext(b.bitcast(bits, F32), F64), columns)
-            found = b.fadd(before, b.fmul(total, scale, flags=["contract"]), flags=["contract"])
-        b.store(found, b.bitcast(place, pointer(found.type)), align=8)
+            scale = _scales(b, b.gep(scales, [row]), b.sub(count, row), together)
+            found = b.fadd(found, b.fmul(total, scale, flags=["contract"]), flags=["contract"])
+        b.store(found, place, align=8)
+
+
+def _each(b: Value, at: Value, count: int) -> Value:
+    """`count` float64, again and again, as a vector."""
+    x = b.load(b.bitcast(at, pointer(ir.VectorType(F64, count))), align=8)
+    order = ir.Constant(ir.VectorType(I32, LANES), [lane % count for lane in range(LANES)])
+    return b.shuffle_vector(x, x, order)
+
+
+def _scales(b: Value, at: Value, left: Value, together: int) -> Value:
+    """The scales of rows, of which so many are left, each as often as a row has columns."""
+    kind, lanes = ir.VectorType(I16, together), ir.VectorType(I64, together)
+    mask = b.icmp_signed("<", ir.Constant(lanes, list(range(together))), spread(b, left, together))
+    bits = _masked(b, b.bitcast(at, pointer(kind)), mask, kind, f"llvm.masked.load.v{together}i16.p0", 2)
+    bits = b.shl(b.zext(bits, ir.VectorType(I32, together)), ir.Constant(ir.VectorType(I32, together), [16] * together))
+    x = b.fpext(b.bitcast(bits, ir.VectorType(F32, together)), ir.VectorType(F64, together))
+    order = [lane * together // LANES for lane in range(LANES)]
+    return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, LANES), order))
+
+
+def _masked(b: Value, at: Value, mask: Value, kind: Value, name: str, align: int) -> Value:
+    """Numbers from memory where the mask is set, zeros elsewhere, where nothing is read."""
+    given = [at, ir.Constant(I32, align), mask, ir.Constant(kind, [0] * kind.count)]
+    fn = b.module.globals.get(name)
+    if fn is None:
+        fn = ir.Function(b.module, ir.FunctionType(kind, [x.type for x in given]), name)
+    return b.call(fn, given)
 
 
 def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
@@ -336,10 +360,6 @@ def _sum(b: Value, parts: list[Value]) -> Value:
     while len(parts) > 1:
         parts = [add(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def _doubles(b: Value, at: Value, count: int) -> Value:
-    return b.load(b.bitcast(at, pointer(ir.VectorType(F64, count))), align=8)
 
 
 def _least(b: Value, x: Value, y: Value) -> Value:
