@@ -73,7 +73,7 @@ class PairProgram:
     rank: int
     bits: str
     queries: Sequence[Float[Tensor, "Q _"]]
-    shapes: Sequence["_Shape"]
+    shapes: Int64[Tensor, "blocks fields"]  # each block's `_Shape`
     tables: Sequence["_Table"]  # what is ready of the queries: all of them, or nothing if their tiles take too much
 
     @staticmethod
@@ -81,9 +81,10 @@ class PairProgram:
            bits: str) -> "PairProgram":  # fmt: skip
         """`queries` and `factors` (a, b) of each key; the pairs' v has a numbers and u has b. Only where
         `compiled.tiles_usable`."""
-        numbers = [q.detach().float().contiguous() for q in queries]
-        shapes = [_shape(a, b, bits) for a, b in factors]
-        fits = len(numbers[0]) * sum(shape.size for shape in shapes) <= TILES
+        numbers = [q.float().contiguous() for q in queries]
+        numbered = {shape: number for number, shape in enumerate(dict.fromkeys(factors))}
+        shapes = torch.tensor([_shape(a, b, bits) for a, b in numbered])[[numbered[shape] for shape in factors]]
+        fits = len(numbers[0]) * _size(shapes) <= TILES
         tables = [_Table.of(numbers, shapes, rank, 0, len(numbers[0]))] if fits else []
         return PairProgram(tuple(keys), rank, bits, numbers, shapes, tables)
 
@@ -104,7 +105,7 @@ class PairProgram:
 
     def _made(self) -> Iterator["_Table"]:
         """Tables of as many queries at a time as TILES lets."""
-        step = max(1, TILES // sum(shape.size for shape in self.shapes))
+        step = max(1, TILES // _size(self.shapes))
         for lo in range(0, len(self.queries[0]), step):
             yield _Table.of(self.queries, self.shapes, self.rank, lo, min(lo + step, len(self.queries[0])))
 
@@ -114,7 +115,7 @@ class PairProgram:
         lines[:, :3] = addresses
         apart = -(-count // GROUP) * GROUP
         out = torch.zeros(table.count, apart, dtype=torch.float64)
-        space = torch.zeros(HELD + 5 * max(shape.room for shape in self.shapes) + 64, dtype=torch.uint8)
+        space = torch.zeros(HELD + 5 * _room(self.shapes) + 64, dtype=torch.uint8)
         loop("pairs", self.bits)(
             lines.data_ptr(), len(lines), count, out.data_ptr(), apart, _aligned(space)
         )  # fmt: skip
@@ -134,51 +135,46 @@ class _Table:
     held: Sequence[Tensor]  # what the lines point to
 
     @staticmethod
-    def of(queries: Sequence[Tensor], shapes: Sequence["_Shape"], rank: int, lo: int, hi: int) -> "_Table":
-        count = hi - lo
-        tiles = torch.empty(64 + count * sum(shape.size for shape in shapes), dtype=torch.uint8)
+    def of(queries: Sequence[Tensor], shapes: Int64[Tensor, "blocks fields"], rank: int, lo: int, hi: int) -> "_Table":
+        shape, count, numbers = _Shape(*shapes.T), hi - lo, torch.arange(len(shapes))
+        tiles = torch.empty(64 + count * _size(shapes), dtype=torch.uint8)
         weights = torch.empty(len(shapes), count, dtype=torch.float64)
-        matrices, lines, blocks = [], [], []
-        room, to, weight = max(shape.room for shape in shapes), _aligned(tiles), weights.data_ptr()
-        for i, (x, shape) in enumerate(zip(queries, shapes, strict=True)):
-            at = x.data_ptr() + 4 * lo * x.shape[1]
-            matrices.append((at, to, weight, *shape.matrix, shape.steps, shape.columns))
-            most = max(1, MATRICES // shape.size)
-            for first in range(0, count, most):
-                asked = first, min(most, count - first)
-                mine = to + first * shape.size, weight + 8 * first
-                lines.append((0, 0, 0, *mine, *shape.line, *asked, room, *shape.wide))
-                blocks.append([3 * i + side for side in shape.sides])
-            to, weight = to + count * shape.size, weight + 8 * count
-        table = torch.tensor(matrices, dtype=torch.int64)
-        assert table.shape[1] == len(MatrixLine._fields) and len(lines[0]) == len(PairLine._fields)
-        loop("pieces")(table.data_ptr(), len(table), count)
-        table = torch.tensor(lines, dtype=torch.int64)
-        strides = torch.full((len(table), 3), 2 * rank)
-        strides[:, :2] = table[:, 5:7] * rank
-        return _Table(lo, count, table, torch.tensor(blocks), strides, (tiles, weights))
+        x = torch.tensor([x.data_ptr() for x in queries]) + 4 * lo * shape.a * shape.b
+        to = _aligned(tiles) + count * (shape.tiles.cumsum(0) - shape.tiles)
+        weight = weights.data_ptr() + 8 * count * numbers
+        matrices = torch.stack(MatrixLine(x, to, weight, *shape[:4], shape.steps, shape.columns), 1)
+        loop("pieces")(matrices.data_ptr(), len(matrices), count)
+
+        most = (MATRICES // shape.tiles).clamp(min=1)
+        parts = (count + most - 1) // most
+        block = numbers.repeat_interleave(parts)
+        first = most[block] * (torch.arange(len(block)) - (parts.cumsum(0) - parts)[block])
+        mine, none, room = _Shape(*shapes[block].T), torch.zeros_like(first), torch.full_like(first, _room(shapes))
+        lines = PairLine(
+            none, none, none, to[block] + first * mine.tiles, weight[block] + 8 * first, mine.size_v, mine.size_u,
+            mine.steps, mine.columns, mine.tiles, first, torch.minimum(most[block], count - first), room,
+            mine.wide_v, mine.wide_u,
+        )  # fmt: skip
+        places = torch.stack([mine.swapped, 1 - mine.swapped, none + 2], 1) + 3 * block[:, None]
+        strides = torch.stack([mine.size_v, mine.size_u, none + 2], 1) * rank
+        return _Table(lo, count, torch.stack(lines, 1), places, strides, (tiles, weights))
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(NamedTuple):
     """How the pairs of a block are gone through: v^T X, or where that takes fewer products, u^T X^T."""
 
-    matrix: tuple[int, int, int, int]  # a and b, and the numbers from one to the next of X along them
-    sides: tuple[int, int, int]  # which of v, u and scale of a place are taken for them
-    steps: int  # tiles along v and u
-    columns: int
-    line: tuple[int, int, int, int, int]  # bytes of a side of each, the steps, the columns, bytes of a query's tiles
-    wide: tuple[int, int]  # bytes from side to side in the loop's space
-
-    @property
-    def size(self) -> int:
-        """Bytes of a query's tiles."""
-        return self.line[-1]
-
-    @property
-    def room(self) -> int:
-        """Bytes of a group's sides, in the loop's space."""
-        return GROUP * max(self.wide) + 64
+    a: Any  # numbers along and across, of v and u unless they are swapped
+    b: Any
+    along: Any  # numbers of X from one to the next of them
+    across: Any
+    swapped: Any
+    steps: Any  # tiles along and across
+    columns: Any
+    size_v: Any  # bytes of a side
+    size_u: Any
+    tiles: Any  # bytes of one query's tiles
+    wide_v: Any  # bytes from side to side in the loop's space
+    wide_u: Any
 
 
 @lru_cache(maxsize=64)
@@ -192,8 +188,19 @@ def _shape(a: int, b: int, bits: str) -> _Shape:
     more = bits in PER_BYTE
     wide_v, wide_u = (2 * STEP * (tiles + more | 1) for tiles in (steps, -(-columns // 2)))
     size_v, size_u = (-(-side // PER_BYTE[bits]) if more else 2 * side for side in (along, across))
-    line = size_v, size_u, steps, columns, steps * columns * PIECES * TILE
-    return _Shape(matrix, (1, 0, 2) if swapped else (0, 1, 2), steps, columns, line, (wide_v, wide_u))
+    tiles = steps * columns * PIECES * TILE
+    return _Shape(*matrix, int(swapped), steps, columns, size_v, size_u, tiles, wide_v, wide_u)
+
+
+def _size(shapes: Int64[Tensor, "blocks fields"]) -> int:
+    """Bytes of a query's tiles of all blocks."""
+    return int(_Shape(*shapes.T).tiles.sum())
+
+
+def _room(shapes: Int64[Tensor, "blocks fields"]) -> int:
+    """Bytes of a group's sides, in the loop's space."""
+    shape = _Shape(*shapes.T)
+    return GROUP * int(torch.maximum(shape.wide_v, shape.wide_u).max()) + 64
 
 
 def _aligned(x: Tensor) -> int:
