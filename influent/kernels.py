@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import compiled, digits, pairproducts
+from . import compiled, digits, pairproducts, pairprograms
 from .codec import Factors, Form
 from .digits import Digits
 from .gradients import LowRank, Packed, PackedPairs, Row
@@ -28,12 +28,12 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
-TILES = 0.3  # a product between pairs with matrix tiles, where there are any
+TILES = 25.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
 TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with tiles read
-# The most queries for which that is faster than making the rows once as float32: of dense bfloat16 rows (rows in codes
-# are slower unpacked for any number), and of one pair. Measured for 2, 4 and 8 pairs: 70, 20 and 4 or more.
-TILED_QUERIES, TILED_PAIRS = 64, 256
+# The most queries for which that is faster for dense bfloat16 rows than making them float32 once; rows in codes are
+# slower unpacked for any number.
+TILED_QUERIES = 64
 
 # The most queries for which compiled loops are faster than digits, where those are fast, and than unpacking.
 FEW = {"int8": 3, "int4": 32, "sign": 128}
@@ -93,9 +93,7 @@ class BlockQueries:
             return False
         if form.factors is None:
             return form.packed or len(self) <= TILED_QUERIES
-        a, b = form.factors
-        cut = self.cut is not None and CUT * self.cut.u.shape[1] * (a + b) < TILES * a * b
-        return not cut and form.rank**2 * len(self) <= TILED_PAIRS
+        return self._cheapest(form.rank, *form.factors, loops=form.packed, tiles=True)[0] == "tiles"
 
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
@@ -130,12 +128,13 @@ class BlockQueries:
         else:
             _add_whole(sums.scores, row, self.whole)
 
-    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False) -> tuple[str, int]:
+    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False, tiles: bool = False) -> tuple[str, int]:
         """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
-        pairs in codes can stay as they are."""
+        pairs in codes can stay as they are, `tiles` whether a program is to be had."""
         ways = [
             (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
             *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
+            *([(len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0)] if tiles else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
         if self.cut is not None:

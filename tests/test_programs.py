@@ -216,7 +216,8 @@ def test_programs_take_few_queries_and_what_no_cut_makes_cheaper(monkeypatch):
     dense, packed, pair = Form("bfloat16", 4096), Form("int4", 4096), Form("bfloat16", 4096, (64, 64), 1)
     few, many = (kernels.prepare(torch.randn(n, 4096), (64, 64), None) for n in (1, 300))
     assert [few.by_tiles(form) for form in (dense, packed, pair)] == [True, True, True]
-    assert [many.by_tiles(form) for form in (dense, packed, pair)] == [False, True, False]
+    assert [many.by_tiles(form) for form in (dense, packed, pair)] == [False, True, True]
+    assert few.by_tiles(Form("bfloat16", 4096, (64, 64), 8)) and not many.by_tiles(Form("bfloat16", 4096, (64, 64), 8))
     assert not few.by_tiles(Form("float32", 4096))
     best, good = (kernels.prepare(torch.randn(1, 4096), (64, 64), rank) for rank in (1, 31))
     assert not best.by_tiles(pair) and good.by_tiles(pair)
