@@ -53,8 +53,11 @@ RULES = (RULE, "rank:side/8:int4", "rank:side/30:int4")
 INT4 = ("rank:1:int4", "rank:2:int4", "rank:4:int4", "rank:8:int4", "rank:16:int4")
 FLOAT = ("rank:1:bf16", "rank:4:bf16")
 OTHER = ("dense:int8", "dense:int4", "dense:sign", "rank:4:int8", "rank:8:sign")
-# Of a side the ranks that take at most half of the dense bytes, and of 32 and 16 one that takes three quarters.
-SAME_WIDTH = {64: (1, 4, 8, 16), 32: (1, 4, 8, 12), 16: (1, 4, 6)}
+# Of a side the ranks that take at most half of the dense bytes, and of 32 and 16 those just below them too. By
+# projection with the seeds.
+RANDOM_RANKS = {64: (1, 4, 8, 16), 32: (1, 4, 8, 12, 14, 15), 16: (1, 4, 6, 7)}
+LEARNED_RANKS = {64: (1, 2, 4, 8, 16), 32: (1, 2, 4, 8, 12), 16: (1, 2, 4, 6, 7)}
+SAME_WIDTH = {"gauss": (RANDOM_RANKS, SEEDS), "whiten 1/2": (LEARNED_RANKS, SEEDS), "pca": (LEARNED_RANKS, SEEDS[:1])}
 LEARNED = tuple(name for name, text in PROJECTIONS.items() if re.match("(pca|whiten):.*x", text))
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (
@@ -183,10 +186,12 @@ def entries(bench: Bench) -> Iterator[Entry]:
 
 
 def same_width() -> Iterator[Entry]:
-    """Dense rows and rows of rank c of the same maps."""
-    for side, ranks in SAME_WIDTH.items():
-        for codec in ("bf16", *(f"rank:{c}:bf16" for c in ranks)):
-            yield Entry("gauss", codec, PROJECTIONS["gauss"].format(side), str(Codec.parse(codec)))
+    """At one D: dense rows and rows of rank c, of random maps and of learned bases."""
+    for seed, (projection, (widths, seeds)) in itertools.product(SEEDS, SAME_WIDTH.items()):
+        for side, ranks in widths.items() if seed in seeds else ():
+            few = (f"rank:{side // 16}:int4",) if projection == "whiten 1/2" else ()  # as --row-bytes takes it
+            for codec in ("bf16", *(f"rank:{c}:bf16" for c in ranks), *few):
+                yield Entry(projection, codec, PROJECTIONS[projection].format(side), str(Codec.parse(codec)), seed)
 
 
 def references(bench: Bench) -> None:
@@ -213,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", choices=("llama", "gpt2", "qwen"))
+    parser.add_argument("--one-width", action="store_true", help="only what is compared at one D")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -221,7 +227,7 @@ def main() -> None:
         return
     bench = Bench(given.work / given.model)
     references(bench)
-    for entry in entries(bench):
+    for entry in same_width() if given.one_width else entries(bench):
         if not bench.has(entry):
             bench.measure(entry)
 

@@ -7,6 +7,7 @@ those of a comparison resample the differences.
 
 import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,14 +95,17 @@ def results(measured: Sequence[Measured]) -> dict[Name, Result]:
     return {name: combine(runs) for name, runs in grouped.items()}
 
 
+def usual(projection: str) -> str:
+    return WHITENED if projection.startswith("whiten") else OTHERS
+
+
 def combine(runs: list[Measured]) -> Result:
     num_queries = len(next(iter(runs[0].lds.values())))
     order = np.random.default_rng(0).permutation(num_queries)
     chosen, rest = order[: num_queries // 10], order[num_queries // 10 :]
     dampings = [max(run.lds, key=lambda damping, run=run: run.lds[damping][chosen].mean()) for run in runs]
     tuned = [run.lds[damping][rest] for run, damping in zip(runs, dampings, strict=True)]
-    usual = WHITENED if runs[0].entry["projection"].startswith("whiten") else OTHERS
-    default = [run.lds.get(usual, next(iter(run.lds.values())))[rest] for run in runs]
+    default = [run.lds.get(usual(run.entry["projection"]), next(iter(run.lds.values())))[rest] for run in runs]
     by_damping = {damping: float(np.mean([run.lds[damping][rest] for run in runs])) for damping in runs[0].lds}
     by_seed = [float(values.mean()) for values in tuned]
     return Result(runs, dampings, np.mean(tuned, axis=0), np.mean(default, axis=0), by_damping, by_seed)
@@ -137,41 +141,66 @@ def comparisons(found: Mapping[Name, Result]) -> list[dict[str, Any]]:
 
 
 def same_width(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Rows of rank c beside dense rows of the same maps: LDS, and agreement of the scores row by row."""
+    """Rows of rank c and rows of learned bases beside LoGRA's, which are dense over random maps of the same sides.
+
+    Differences are of the seeds that both have, paired by query. `agreement` is with the scores of dense rows of the
+    same maps.
+    """
+    runs: dict[tuple[str, str], dict[int, Measured]] = defaultdict(dict)  # by compressor and codec, then by seed
+    for each in sorted(measured, key=lambda each: each.entry["seed"]):
+        if each.entry["budget"] is None and ":" in each.entry["compress"]:
+            runs[each.entry["compress"], each.entry["rows"]][each.entry["seed"]] = each
     out = []
-    runs = {(e.entry["compress"], e.entry["rows"]): e for e in measured if e.entry["budget"] is None}
-    for (compress, rows), each in runs.items():
-        dense = runs.get((compress, "bfloat16"))
-        if dense is None or compress in ("id", "none"):
+    for (compress, rows), mine in runs.items():
+        theirs = runs.get(("gauss:" + compress.partition(":")[2], "bfloat16"), {})
+        dense = runs.get((compress, "bfloat16"), {})
+        if not (seeds := [seed for seed in mine if seed in theirs]):
             continue
-        agreement = spearman(np.load(each.path)[OTHERS], np.load(dense.path)[OTHERS])
-        ours, theirs = combine([each]), combine([dense])
+        ours, logra = (combine([each[seed] for seed in seeds]) for each in (mine, theirs))
+        agreement = [agreeing(mine[seed], dense[seed]) for seed in seeds if seed in dense]
         out.append(
             {
+                "projection": mine[seeds[0]].entry["projection"],
                 "compress": compress,
                 "rows": rows,
-                "bytes": each.facts["bytes"],
-                "captured": each.facts["captured"],
-                "agreement": round(float(agreement.mean()), 4),
+                "rank": rank_below_dense(rows, mine[seeds[0]].facts["captured"]),
+                "seeds": seeds,
+                "bytes": mine[seeds[0]].facts["bytes"],
+                "captured": mine[seeds[0]].facts["captured"],
+                "agreement": round(float(np.mean(agreement)), 4) if agreement else None,
                 **summary(ours.tuned),
-                "less dense": summary(ours.tuned - theirs.tuned),
+                "lds at default damping": round(float(ours.default.mean()), 4),
+                "less LoGRA": {
+                    "best damping": summary(ours.tuned - logra.tuned),
+                    "default damping": summary(ours.default - logra.default),
+                },
             }
         )
     return sorted(out, key=lambda row: (row["compress"], row["bytes"]))
 
 
-def level_with_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
-    """By compressor the least rank from which on no interval of the difference to dense rows is below 0; None if the
-    highest rank measured is."""
+def agreeing(a: Measured, b: Measured) -> float:
+    """Rank correlation of the scores of two settings of one projection at its default damping, mean over queries."""
+    damping = usual(a.entry["projection"])
+    return float(spearman(np.load(a.path)[damping], np.load(b.path)[damping]).mean())
+
+
+def rank_below_dense(rows: str, captured: float) -> int | None:
+    """The rank of rows in 16 bits; None of others, and where the cut leaves rows as they were."""
+    cut = re.fullmatch(r"rank:(\d+):bfloat16", rows)
+    return int(cut[1]) if cut and captured < 0.9999 else None
+
+
+def level_with_logra(rows: Sequence[Mapping[str, Any]], *, damping: str) -> dict[str, int | None]:
+    """By compressor the least rank from which on no interval of the difference to LoGRA at the same D is below 0; None
+    if that of the highest rank measured is."""
     found: dict[str, int | None] = {}
-    for compress in dict.fromkeys(row["compress"] for row in rows):
-        found[compress] = None
-        mine = [row for row in rows if row["compress"] == compress and row["rows"].startswith("rank:")]
-        ranked = [row for row in mine if row["captured"] < 0.9999]  # the others are the dense rows
-        for row in sorted(ranked, key=lambda row: -row["bytes"]):
-            if row["less dense"]["high"] < 0:
-                break
-            found[compress] = int(row["rows"].split(":")[1])
+    for row in sorted((row for row in rows if row["rank"]), key=lambda row: row["rank"]):
+        compress = row["compress"]
+        if row["less LoGRA"][damping]["high"] < 0:
+            found[compress] = None
+        elif found.get(compress) is None:
+            found[compress] = row["rank"]
     return found
 
 
@@ -192,7 +221,9 @@ def write(work: Path) -> None:
             "the package's own verbs": json.loads((folder / "check.json").read_text()),
             "comparisons": comparisons(found),
             "one width": (one_width := same_width(measured)),
-            "level with dense from rank": level_with_dense(one_width),
+            "level with LoGRA from rank": {
+                damping: level_with_logra(one_width, damping=damping) for damping in ("best damping", "default damping")
+            },
             "settings": sorted(
                 (each.row() for each in found.values()), key=lambda row: (row["budget"] or 0, -row["lds"])
             ),

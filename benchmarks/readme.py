@@ -69,20 +69,31 @@ def frontier() -> str:
 
 
 def level(found: dict[str, Any]) -> str:
-    """From which rank on rows are level with dense ones of the same projections, and how the largest measured stand."""
-    parts = []
+    """Rows of rank c beside LoGRA at the same D, over its own random projections and over learned ones: from which rank
+    on they are not below it, and the difference at the highest rank measured, at the default dampings."""
+    kinds = ("gauss:", "whiten:")
+    lines = [
+        "| LoRIF less LoGRA at the same D | sides | random: level from | highest rank | learned: level from | rank 1 |"
+        " highest rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for model, title in MODELS:
-        ranks = found[model]["level with dense from rank"]
-        for compress, rank in ranks.items():
-            rows = [r for r in found[model]["one width"] if r["compress"] == compress and r["rows"].startswith("rank:")]
-            last = max((r for r in rows if r["captured"] < 0.9999), key=lambda row: row["bytes"])
-            least, most = (f"{last['less dense'][end]:+.2f}" for end in ("low", "high"))
-            parts.append(
-                f"| {title} | {compress.removeprefix('gauss:')} | {rank or 'none'} | {last['rows'].split(':')[1]} | "
-                f"{last['less dense']['lds']:+.2f} ({least} to {most}) |"
-            )
-    head = "| LoRIF beside LoGRA at the same D | sides | level from rank | highest rank below D | LDS less LoGRA's |"
-    return "\n".join([head, "|---|---|---|---|---|", *parts])
+        ranks, rows = found[model]["level with LoGRA from rank"]["default damping"], found[model]["one width"]
+        for size in ("16x16", "32x32", "64x64"):
+            random, learned = ([r for r in rows if r["compress"] == kind + size and r["rank"]] for kind in kinds)
+            cells = [title, size, level_from(ranks["gauss:" + size]), less_logra(random[-1])]
+            cells += [level_from(ranks["whiten:" + size]), less_logra(learned[0]), less_logra(learned[-1])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def level_from(rank: int | None) -> str:
+    return "none" if rank is None else f"c = {rank}"
+
+
+def less_logra(row: dict[str, Any]) -> str:
+    less = row["less LoGRA"]["default damping"]
+    return f"c = {row['rank']}: {less['lds']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})"
 
 
 # What --row-bytes takes for lorif; the second where sides of 64 do not fit.
