@@ -189,7 +189,8 @@ def same_width() -> Iterator[Entry]:
     """At one D: dense rows and rows of rank c, of random maps and of learned bases."""
     for seed, (projection, (widths, seeds)) in itertools.product(SEEDS, SAME_WIDTH.items()):
         for side, ranks in widths.items() if seed in seeds else ():
-            few = (f"rank:{side // 16}:int4",) if projection == "whiten 1/2" else ()  # as --row-bytes takes it
+            # --row-bytes takes the first
+            few = tuple(f"rank:{side // of}:int4" for of in (16, 8)) if projection == "whiten 1/2" else ()
             for codec in ("bf16", *(f"rank:{c}:bf16" for c in ranks), *few):
                 yield Entry(projection, codec, PROJECTIONS[projection].format(side), str(Codec.parse(codec)), seed)
 
