@@ -5,8 +5,8 @@ and cut to rank c as LoRIF does. LoGRA's curvature is the exact Fisher matrix; L
 exact one of the same rows is what its scores are compared with. Query time is split: `solve` preconditions the
 queries' gradients, `score` runs over the rows, once with the shards in the page cache and checked ("memory"), once
 opened anew with nothing cached ("disk", the check of the hashes included). Times from memory are CPU time of the one
-thread, because the machine may be busy. Making the queries' gradients costs the
-same for all and is left out. Every stage is kept under --work: interrupted, it resumes.
+thread, because the machine may be busy, with the loops of `influent[fast]` and without them. Making the queries'
+gradients costs the same for all and is left out. Every stage is kept under --work: interrupted, it resumes.
 
     python benchmarks/lorif_rows.py --work DIR && python benchmarks/lorif.py --work DIR
 """
@@ -17,7 +17,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from environment import save
 from scipy.stats import rankdata
 from torch import Tensor
 
-from influent import curvature, score
+from influent import compiled, curvature, score
 from influent.curvature import Damping
 from influent.reduce import Full, TopK
 from influent.rowstore import Index
@@ -193,7 +194,10 @@ def query(work: Path, f: int, codec: str) -> list[dict[str, Any]]:
             start = time.process_time()
             asked = score.precondition(asked, solver)
             run["solve"] = time.process_time() - start
-        run["memory"] = min(timed(lambda asked=asked: top(index, asked))[1] for _ in range(5 if count < 256 else 2))
+        times = 5 if count < 256 else 2
+        run["memory"] = min(timed(lambda asked=asked: top(index, asked))[1] for _ in range(times))
+        with without_loops():
+            run["memory, PyTorch"] = min(timed(lambda asked=asked: top(index, asked))[1] for _ in range(times))
         runs = []
         for _ in range(2):
             forget(place(work, f, codec))
@@ -208,6 +212,17 @@ def query(work: Path, f: int, codec: str) -> list[dict[str, Any]]:
 def damping_of(f: int, kind: str) -> Damping:
     """That of the fit which is there: the time does not depend on it."""
     return Damping.parse("relative:0.1") if f == 16 and kind == "fim" else DAMPING
+
+
+@contextmanager
+def without_loops() -> Iterator[None]:
+    """As on a machine without llvmlite."""
+    held = compiled.usable, compiled.tiles_usable
+    compiled.usable = compiled.tiles_usable = lambda: False
+    try:
+        yield
+    finally:
+        compiled.usable, compiled.tiles_usable = held
 
 
 def top(index: Index, asked: dict[str, Tensor], **options: Any) -> Any:
