@@ -3,8 +3,9 @@
 Nanoseconds of CPU time per row and query, one thread, the least of several repeats. `between` puts a query's matrix
 between a row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K, `chosen` is what `score` would take. Of
 dense rows, as many bytes of each codec: nanoseconds per number and per stored byte for N queries, `unpack N` through
-float32, `digits N` and `compiled N` on the integer codes, and `score N` in the way that `score` chooses. Of pairs, as
-many bytes of each codec, too: `score N`, and `plain N` without compiled loops.
+float32, `digits N` and `compiled N` on the integer codes, `tiles N` on the processor's matrix tiles, and `score N` as
+`score` chooses without tiles. Of pairs, as many bytes of each codec, too: `tiles N`, `score N` without them, and `plain
+N` without compiled loops.
 `python benchmarks/kernels.py [--repeats 3]`
 """
 
@@ -24,8 +25,11 @@ from influent.codec import FLOATS, PER_BYTE, Codec
 from influent.coding import decode, encode
 from influent.digits import Digits
 from influent.gradients import LowRank, Row
-from influent.kernels import CHUNK_NUMBERS, BlockQueries, Sums, _add_between, _add_cut, _add_whole, prepare
+from influent.kernels import CHUNK_NUMBERS, TILED, BlockQueries, Sums, _add_between, _add_cut, _add_whole, prepare
+from influent.pairprograms import PairProgram
 from influent.products import Products
+from influent.programs import Program
+from influent.tileproducts import DenseProgram
 
 QUERIES = (1, 4, 16, 64, 256)
 RANKS = (1, 4, 8)
@@ -128,6 +132,17 @@ def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int
         yield f"score {num_queries}", num_rows * size, run
         if codec.packed and compiled.usable():
             yield f"plain {num_queries}", num_rows * size, plain
+        if compiled.tiles_usable():
+            program = PairProgram.of(["k"], [asked.whole], [factors], rank=codec.rank or 1, bits=codec.bits)
+            yield f"tiles {num_queries}", num_rows * size, by_program(program, num_queries, tensors)
+
+
+def by_program(program: Program, num_queries: int, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """All rows' scores in one call."""
+    sides = [x for name, x in tensors.items() if not name.endswith(".scale")]
+    scores = torch.zeros(num_queries, len(sides[0]), dtype=torch.float64)
+    scale = tensors["k.scale"].data_ptr() if "k.scale" in tensors else 0
+    return lambda: program.add(scores, [(*(x.data_ptr() for x in sides), scale)])
 
 
 def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -177,6 +192,9 @@ def ways(bits: str) -> list[tuple[str, Callable[[], object]]]:
                 way.add(Sums(scores[:, lo : lo + len(row)]), row)
 
             found.append((f"{name} {num_queries}", each(add)))
+        if bits in TILED and compiled.tiles_usable():
+            program = DenseProgram.of(["k"], [q], bits)
+            found.append((f"tiles {num_queries}", by_program(program, num_queries, tensors)))
     return found
 
 
