@@ -31,9 +31,9 @@ LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four
 TILES = 25.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
 TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with tiles read
-# The most queries for which that is faster for dense bfloat16 rows than making them float32 once; rows in codes are
+# The most queries of dense bfloat16 rows, which then are hardly faster than float32 ones; rows in codes are
 # slower unpacked for any number.
-TILED_QUERIES = 64
+TILED_QUERIES = 256
 
 # The most queries for which compiled loops are faster than digits, where those are fast, and than unpacking.
 FEW = {"int8": 3, "int4": 32, "sign": 128}
