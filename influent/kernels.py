@@ -28,10 +28,7 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
-TILES = 25.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
-# A product with rows that are formed and a number that is, as measured against that on indexes of hundreds of blocks:
-# of 32 x 32, rows of two pairs are formed from 63 queries on, of four from 24, of eight from 11.
-TILES_WHOLE, TILES_FORM = 0.2, 18.0
+TILES = 20.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
 TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with tiles read
 # The most queries of dense bfloat16 rows, which then are hardly faster than float32 ones; rows in codes are
@@ -134,12 +131,11 @@ class BlockQueries:
     def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False, tiles: bool = False) -> tuple[str, int]:
         """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
         pairs in codes can stay as they are, `tiles` whether a program is to be had."""
-        whole, form = (TILES_WHOLE, TILES_FORM) if tiles else (WHOLE, FORM)
         ways = [
             (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
             *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
             *([(len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0)] if tiles else []),
-            ((len(self) * whole + form) * a * b, "whole", min(a * b, LONGEST_SUM)),
+            ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
         if self.cut is not None:
             k = self.cut.u.shape[1]
