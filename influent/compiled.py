@@ -43,11 +43,20 @@ _LOOPS = {
     "between": ("loops", "pnpnnpnnnpnp"),
     "unpack": ("loops", "pnnnp"),
     "dense": ("tiles", "pnnnnnnpp"),
+    "signs": ("signs", "pnnnnnnpp"),
     "lay": ("tilequeries", "pnn"),
     "pairs": ("pairtiles", "pnnpnp"),
     "pieces": ("pairtiles", "pnn"),
 }
-_TILES = ("amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw", "gfni")  # what loops with tiles are compiled for
+_TILES = (
+    "amx-tile",
+    "amx-int8",
+    "amx-bf16",
+    "avx512f",
+    "avx512bw",
+    "avx512vnni",
+    "gfni",
+)  # what loops with tiles are compiled for
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86: a process asks for its tiles, once
 
 

@@ -10,7 +10,7 @@ bfloat16 row, whose float32 sums have chains of 32 products in a step and of up 
 (32 + 32 + 3) 2^-24 sum_j |q_j x_j|. Numbers of bfloat16 rows below 2^-126 count as zero. The order of the sums depends
 on nothing but the number of queries: a row scores the same to the bit in any company.
 
-Not here: the loops (tiles.py), whose rows lie where.
+Not here: the loops (tiles.py, and signs.py for one query of signs), whose rows lie where.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class DenseProgram:
     def of(keys: Sequence[str], queries: Sequence[Float[Tensor, "Q _"]], bits: str) -> "DenseProgram":
         """The queries [Q, K] of each block; at least one block."""
         given = [q.detach().to("cpu", torch.float32).contiguous() for q in queries]
-        tiles, columns, groups = _shape(len(given[0]))
+        tiles, columns, groups = _shape(len(given[0]), bits)
         table = np.zeros((len(given), TILE_LINE), np.int64)
         widths = table[:, 7] = np.array([q.shape[1] for q in given])
         table[:, 0] = [q.data_ptr() for q in given]
@@ -70,34 +70,38 @@ class DenseProgram:
 
     def _add(self, scores: Float[Tensor, "Q m"], table: np.ndarray, first: int, there: int) -> None:
         """The scores of rows from `first` on, of `there` rows."""
-        n, (tiles, columns, num_groups) = scores.shape[1], _shape(self.num_queries)
-        run, space = loop("dense", self.bits, tiles, columns), self._space(n)
+        n, (tiles, columns, num_groups) = scores.shape[1], _shape(self.num_queries, self.bits)
+        run = loop("signs") if columns == 1 else loop("dense", self.bits, tiles, columns)
+        space = self._space(n)
         for group in range(0, num_groups, GROUPS):
             groups = min(GROUPS, num_groups - group)
             step = WIDE // (8 * columns * groups)
             into = scores if tiles == 1 else scores[group * columns : (group + groups) * columns]
             for lo in range(0, n, step):
                 m = min(step, n - lo)
-                held = torch.zeros(
-                    groups * m + LANES, columns, dtype=torch.float64
-                )  # whole vectors of rows are written
+                held = torch.zeros(groups * m + LANES, columns, dtype=torch.float64)  # whole vectors are written
                 wide = held[: groups * m].view(groups, m, columns)
-                into_wide, held = wide.data_ptr(), space.data_ptr()
-                run(table.ctypes.data, len(table), first + lo, m, there, group, groups, into_wide, held)
+                run(
+                    table.ctypes.data, len(table), first + lo, m, there, group, groups, wide.data_ptr(),
+                    space.data_ptr(),
+                )  # fmt: skip
                 into[:, lo : lo + m] += _folded(wide, len(into), tiles)
 
     def _space(self, n: int) -> Tensor:
         """Accumulators, unpacked codes, and the rows that are copied: those of two groups, and what a left tile is
         wider than narrow rows."""
-        tiles = _shape(self.num_queries)[0]
+        tiles = _shape(self.num_queries, self.bits)[0]
         stride, steps, block = self.table[:, 2], self.table[:, 3], TILE_BLOCK[tiles]
         size = -(-steps * TILE_STEP[self.bits] // 64) * 64
         copied = np.minimum(n, 3 * block + 64 // stride) + block
         return torch.empty(8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
 
 
-def _shape(num_queries: int) -> tuple[int, int, int]:
-    """Right tiles of a step, one for all pieces or one for each; their columns; and groups of queries."""
+def _shape(num_queries: int, bits: str) -> tuple[int, int, int]:
+    """Right tiles of a step, one for all pieces or one for each; their columns; and groups of queries. One query of
+    signs is not multiplied by tiles (signs.py)."""
+    if bits == "sign" and num_queries == 1:
+        return TILE_PIECES, 1, 1
     for columns, few in TILE_FEW.items():
         if num_queries <= few:
             return 1, columns, 1

@@ -103,9 +103,9 @@ def dense(bits: str, tiles: int, columns: int) -> str:
         asked = [b.add(start, b.mul(first_group, size)) for start, size in zip(asked, sizes, strict=True)]
         right, weights, constant = (b.inttoptr(x, pointer(kind)) for x, kind in zip(asked, (I8, F64, F64), strict=True))
         size = b.mul(steps, integer(TILE_STEP[bits]))
-        safe = _safe(b, b.sub(there, first), rows, stride, size, made.block)
+        safe = safe_rows(b, b.sub(there, first), rows, stride, size, made.block)
         rest, held = b.sub(rows, safe), b.and_(b.add(size, integer(TILE_BYTES - 1)), integer(-TILE_BYTES))
-        _copy(made, b.inttoptr(b.add(codes, b.mul(safe, stride)), pointer(I8)), rest, stride, copies, held)
+        copy_rows(b, fn, b.inttoptr(b.add(codes, b.mul(safe, stride)), pointer(I8)), rest, stride, copies, held)
         with loop(b, fn, integer(2)) as turn:  # the rows where they lie, then those that were copied
             here = b.icmp_signed("==", turn, integer(0))
             at = b.select(here, integer(0), safe)
@@ -121,16 +121,15 @@ def dense(bits: str, tiles: int, columns: int) -> str:
     return finished(b)
 
 
-def _safe(b: Value, there: Value, rows: Value, stride: Value, size: Value, block: int) -> Value:
+def safe_rows(b: Value, there: Value, rows: Value, stride: Value, size: Value, block: int) -> Value:
     """How many of the rows, in whole blocks, can be read `size` bytes wide within the rows there are."""
     count = b.sdiv(b.sub(b.mul(b.add(there, integer(1)), stride), size), stride)
     count = b.select(b.icmp_signed("<", count, rows), count, rows)
     return b.and_(b.select(b.icmp_signed(">", count, integer(0)), count, integer(0)), integer(-block))
 
 
-def _copy(made: _Loop, codes: Value, count: Value, stride: Value, to: Value, held: Value) -> None:
+def copy_rows(b: Value, fn: Value, codes: Value, count: Value, stride: Value, to: Value, held: Value) -> None:
     """Rows with zeros behind them, `held` bytes each."""
-    b, fn = made.b, made.fn
     lanes = ir.Constant(BYTES, list(range(TILE_BYTES)))
     with loop(b, fn, count) as row, loop(b, fn, b.sdiv(held, integer(TILE_BYTES))) as piece:
         at = b.mul(piece, integer(TILE_BYTES))
@@ -177,7 +176,7 @@ def _stage(made: _Loop, start: Value, stride: Value, to: Value, *, apart: int) -
         place = b.gep(start, [b.mul(stride, integer(row))])
         if made.bits == "sign":
             eight = b.load(b.bitcast(place, pointer(I64)), align=1)
-            found = [_bits(b, b.bitcast(spread(b, eight, 8), BYTES))]
+            found = [bits_as_bytes(b, b.bitcast(spread(b, eight, 8), BYTES))]
         else:
             found = [b.load(b.bitcast(place, pointer(BYTES)), align=1)]
         if made.bits == "int4":
@@ -187,7 +186,7 @@ def _stage(made: _Loop, start: Value, stride: Value, to: Value, *, apart: int) -
             _put(b, x, b.gep(to, [integer(plane * apart + row * TILE_BYTES)]))
 
 
-def _bits(b: Value, x: Value) -> Value:
+def bits_as_bytes(b: Value, x: Value) -> Value:
     """Of the k-th eight bytes their bits k: 0 or 1. Each eight bytes of the other factor are a matrix over two numbers,
     a byte a row, the lowest bit's last (GF2P8AFFINEQB)."""
     rows = [1 << k if byte == 7 else 0 for k in range(8) for byte in range(8)]
