@@ -25,10 +25,11 @@ HELD_NUMBERS = 1 << 18  # what may wait to be summed of blocks of one shape: 1 M
 LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are cut and added up in float64
 # Costs, up to a common factor, of a product in each kernel and of a number of a row that is formed; from
 # benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
-# pair are formed from 57 queries on, of two from 12, of four from 5, of eight from 2.
+# pair of sides of 36 are formed from 25 queries on, of two from 7, of four from 3.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
-TILES = 20.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
+CALL, CUT_CALL = 400, 200  # what a pair and query take besides, in products: sums of short rows
+TILES = 34.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
 TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with tiles read
 # The most queries of dense bfloat16 rows, which then are hardly faster than float32 ones; rows in codes are
@@ -132,14 +133,14 @@ class BlockQueries:
         """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
         pairs in codes can stay as they are, `tiles` whether a program is to be had."""
         ways = [
-            (len(self) * BETWEEN * c * a * b, "between", c * (a + b)),
+            (len(self) * BETWEEN * c * (a * b + CALL), "between", c * (a + b)),
             *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
             *([(len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0)] if tiles else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
         if self.cut is not None:
             k = self.cut.u.shape[1]
-            ways.append((len(self) * CUT * k * c * (a + b), "cut", c * (a + b + 2 * len(self) * k)))
+            ways.append((len(self) * c * (CUT * k * (a + b) + CUT_CALL), "cut", c * (a + b + 2 * len(self) * k)))
         _, kernel, held = min(ways)
         return kernel, held
 

@@ -85,11 +85,10 @@ def _sums(b: Value, fn: Value, row: Value, stride: Value, digits: Value, steps: 
 
 def _weighed(b: Value, sums: list[Value], weights: Value) -> Value:
     """The sum over the digits of weight * sum, float64: lane by lane, then halves with halves."""
-    total = None
+    wide = ir.VectorType(F64, LANES)
+    total = ir.Constant(wide, [0.0] * LANES)
     for piece, x in enumerate(sums):
-        x = b.sitofp(x, ir.VectorType(F64, LANES))
-        x = b.fmul(x, spread(b, b.load(b.gep(weights, [integer(piece)]))))
-        total = x if total is None else b.fadd(total, x)
+        total = b.fadd(total, b.fmul(b.sitofp(x, wide), spread(b, b.load(b.gep(weights, [integer(piece)])))))
     lanes = LANES
     while lanes > 1:
         lanes //= 2

@@ -93,10 +93,9 @@ def test_queries_are_cut_only_where_pairs_are_smaller():
 
 
 def test_few_queries_do_not_form_the_rows_and_many_do():
-    few, many = prepare(queries(1), FACTORS, None), prepare(queries(300), FACTORS, None)
-    assert few._cheapest(2, *FACTORS)[0] == "between"
-    assert many._cheapest(2, *FACTORS)[0] == "whole"
-    assert prepare(queries(4), FACTORS, 1)._cheapest(2, *FACTORS)[0] == "cut"
+    for num_queries, rank, kernel in ((1, None, "between"), (300, None, "whole"), (4, 1, "cut")):
+        asked = prepare(torch.ones(num_queries, 36 * 36), (36, 36), rank)
+        assert asked._cheapest(2, 36, 36)[0] == kernel
 
 
 def test_long_sums_of_pairs_do_not_drift():
