@@ -27,7 +27,7 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 # benchmarks/results/kernels.json. The choice among kernels changes the scores by no more than rounding. Rows of one
 # pair of sides of 36 are formed from 25 queries on, of two from 7, of four from 3.
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
-LOOP = 0.45  # a product between pairs in codes by a compiled loop: rows of four pairs are formed from 14 queries on
+LOOP = 0.45  # a product between pairs in codes by a compiled loop, which takes two calls
 CALL, CUT_CALL = 400, 200  # what a pair and query take besides, in products: sums of short rows
 TILES = 34.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
@@ -134,7 +134,7 @@ class BlockQueries:
         pairs in codes can stay as they are, `tiles` whether a program is to be had."""
         ways = [
             (len(self) * BETWEEN * c * (a * b + CALL), "between", c * (a + b)),
-            *([(len(self) * LOOP * c * a * b, "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
+            *([(len(self) * LOOP * c * (a * b + 2 * CALL), "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
             *([(len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0)] if tiles else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
