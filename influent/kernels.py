@@ -134,10 +134,12 @@ class BlockQueries:
         pairs in codes can stay as they are, `tiles` whether a program is to be had."""
         ways = [
             (len(self) * BETWEEN * c * (a * b + CALL), "between", c * (a + b)),
-            *([(len(self) * LOOP * c * (a * b + 2 * CALL), "loop", max(c * len(self), c * (a + b) // 4))] if loops else []),
-            *([(len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0)] if tiles else []),
             ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
         ]
+        if loops:
+            ways.append((len(self) * LOOP * c * (a * b + 2 * CALL), "loop", max(c * len(self), c * (a + b) // 4)))
+        if tiles:
+            ways.append((len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0))
         if self.cut is not None:
             k = self.cut.u.shape[1]
             ways.append((len(self) * c * (CUT * k * (a + b) + CUT_CALL), "cut", c * (a + b + 2 * len(self) * k)))
