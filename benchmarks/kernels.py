@@ -139,10 +139,9 @@ def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int
 
 def by_program(program: Program, num_queries: int, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
     """All rows' scores in one call."""
-    sides = [x for name, x in tensors.items() if not name.endswith(".scale")]
-    scores = torch.zeros(num_queries, len(sides[0]), dtype=torch.float64)
-    scale = tensors["k.scale"].data_ptr() if "k.scale" in tensors else 0
-    return lambda: program.add(scores, [(*(x.data_ptr() for x in sides), scale)])
+    names = ("k", "k.scale") if "k" in tensors else ("k.v", "k.u", "k.scale")
+    scores = torch.zeros(num_queries, len(tensors[names[0]]), dtype=torch.float64)
+    return lambda: program.add(scores, [tuple(tensors[x].data_ptr() if x in tensors else 0 for x in names)])
 
 
 def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

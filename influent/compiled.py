@@ -1,9 +1,9 @@
 """Loops compiled in memory for the machine at hand, when llvmlite (`influent[fast]`) is installed.
 
 Where it is not, `usable` says so, and whoever asks takes PyTorch instead: the numbers are the same up to rounding.
-A loop takes 20 to 60 ms to compile, once a process; nothing is left on disk. Here tensors become addresses, so here,
-too, is what makes sure that they are what the loop takes them for. Not here: what the loops are for (kernels.py,
-products.py, packing.py).
+A loop takes 20 to 250 ms to compile, once a process; nothing is left on disk. Who gives a loop addresses answers for
+what lies there. Not here: what the loops are for (kernels.py, products.py, tileproducts.py, pairprograms.py,
+packing.py).
 """
 
 import ctypes
@@ -87,20 +87,29 @@ def tiles_usable() -> bool:
 
     if not all(binding.get_host_cpu_features().get(feature) for feature in _TILES):
         return False
+    try:
+        for name, options in (("pairs", ("bfloat16",)), ("dense", ("sign", 3, 16)), ("signs", ())):
+            binding.parse_assembly(_written(name, *options)).verify()  # that LLVM has the instructions by these names
+    except RuntimeError as e:
+        log.warning("this llvmlite does not know the loops with matrix tiles, which are done without: %s", e)
+        return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA) == 0
+
+
+def _written(name: str, *options: str | int) -> str:
+    return getattr(importlib.import_module(f".{_LOOPS[name][0]}", __package__), name)(*options)
 
 
 @cache
 def loop(name: str, *options: str | int) -> Callable[..., None]:
     """The compiled function `name` of its module, which says what its arguments are; only where `usable`, and those
     with tiles only where `tiles_usable`."""
-    where, arguments = _LOOPS[name]
+    where, kinds = _LOOPS[name]
     if not (usable() if where == "loops" else tiles_usable()):  # which asks for the tiles, too
         raise RuntimeError(f"loop {name!r} cannot be run here")
     from llvmlite import binding  # pyright: ignore[reportMissingImports]
 
-    written = importlib.import_module(f".{where}", __package__)
-    module = binding.parse_assembly(getattr(written, name)(*options))
+    module = binding.parse_assembly(_written(name, *options))
     module.verify()
     target = binding.Target.from_default_triple()
     machine = target.create_target_machine(
@@ -108,7 +117,7 @@ def loop(name: str, *options: str | int) -> Callable[..., None]:
     )
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in arguments]
+    kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
     function: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
     function.engine = engine  # which owns the code
     return function

@@ -1,6 +1,7 @@
 """Inner products of stored rows of one block with all queries: whole rows, or their pairs without forming the rows.
 
-Every kernel adds float32 sums of at most LONGEST_SUM numbers up in float64. Not here: which rows (score.py).
+Every kernel adds float32 sums of at most LONGEST_SUM numbers up in float64. Which kernel is the fastest is chosen here,
+also where it is one of the loops with matrix tiles (programs.py). Not here: which rows (score.py).
 
 Rows sum_r v_r (x) u_r of factors a x b and rank c, with Q queries: a query's matrix between the pairs takes c a b
 products a row and query (few queries); forming the rows takes c a b once and then a b each (many); queries cut to
@@ -90,7 +91,7 @@ class BlockQueries:
 
     def by_tiles(self, form: Form) -> bool:
         """Whether rows of this form are best left to a program (programs.py)."""
-        if form.bits not in TILED or not compiled.tiles_usable():
+        if form.bits not in TILED or form.width == 0 or not compiled.tiles_usable():
             return False
         if form.factors is None:
             return form.packed or len(self) <= TILED_QUERIES

@@ -1,6 +1,6 @@
 """Pieces of LLVM code: loops, vectors of sixteen numbers and their sums, and the matrix tiles of x86 (AMX).
 
-What the loops over stored rows are made of. It needs llvmlite, so only loops.py, tiles.py and pairtiles.py import it,
+What the loops over stored rows are made of. It needs llvmlite, so only loops.py, tiles.py and their like import it,
 which only compiled.py imports. Not here: what is computed.
 """
 

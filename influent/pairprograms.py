@@ -3,11 +3,15 @@
 A query's matrix X is three bfloat16 pieces whose sum it is, to the last bit of float32, over a power of two near its
 largest number; numbers below 2^-110 of that are lost. Sides of codes become bfloat16, which holds them exactly. X^T v
 is a float32 sum of up to 3 a / 32 tile products of 32 each, v^T X u one of b products in sixteen lanes and float64
-every 64 columns: it is off by at most (3 a / 32 + 32) 2^-24 of the sum of the products' sizes (Higham, Accuracy and
-Stability of Numerical Algorithms, section 4.2), and by 5e-7 of its root mean square as measured. The order of the sums
-depends on the factors alone: a pair scores the same to the bit in any company, on any number of threads.
+every 64 columns (or the other way round, with less to do): it is off by at most (3 max(a, b) / 32 + 32) 2^-24 of the
+sum of the products' sizes (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2), and by 5e-7 of its
+root mean square as measured. The order of the sums depends on the factors alone: a pair scores the same to the bit in
+any company, on any number of threads.
 
-Not here: the loop (pairtiles.py), which blocks it is for (programs.py).
+Sides of a length that fills no tile are read with what follows them, times zero: of a side that is not finite the pair
+before it is NaN, too. Products below 2^-126 count as zero.
+
+Not here: the loop (pairtiles.py), which blocks it is for (kernels.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +29,7 @@ from .compiled import LANES, in_parts, loop
 TILES = 1 << 28  # bytes of all matrices that are kept ready: of more, some are made at a time, for each window of rows
 SUMS = 1 << 22  # sums of pairs and queries held at once, in float64
 MATRICES = 1 << 20  # bytes of the matrices of a block that are gone through for 48 pairs, which the cache holds
-STEP, PIECES, GROUP = 32, 3, 48  # numbers of a tile along v, pieces of X, pairs side by side
+STEP, PIECES, PAIRS = 32, 3, 48  # numbers of a tile along v, pieces of X, pairs side by side
 TILE = 1024  # bytes
 HELD = 12 << 10  # bytes of products on their way in the loop's space
 LEAST = 512  # rows of a thread
@@ -113,14 +117,15 @@ class PairProgram:
         count = scores.shape[1] * self.rank
         lines = table.lines.clone()
         lines[:, :3] = addresses
-        apart = -(-count // GROUP) * GROUP
+        apart = -(-count // PAIRS) * PAIRS
         out = torch.zeros(table.count, apart, dtype=torch.float64)
         space = torch.zeros(HELD + 5 * _room(self.shapes) + 64, dtype=torch.uint8)
         loop("pairs", self.bits)(
             lines.data_ptr(), len(lines), count, out.data_ptr(), apart, _aligned(space)
         )  # fmt: skip
-        found = out[:, :count]
-        scores += found if self.rank == 1 else found.unflatten(1, (-1, self.rank)).sum(2)
+        found = out.numpy()[:, :count]
+        # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
+        scores.numpy()[...] += found if self.rank == 1 else found.reshape(len(found), -1, self.rank).sum(2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,7 +205,7 @@ def _size(shapes: Int64[Tensor, "blocks fields"]) -> int:
 def _room(shapes: Int64[Tensor, "blocks fields"]) -> int:
     """Bytes of a group's sides, in the loop's space."""
     shape = _Shape(*shapes.T)
-    return GROUP * int(torch.maximum(shape.wide_v, shape.wide_u).max()) + 64
+    return PAIRS * int(torch.maximum(shape.wide_v, shape.wide_u).max()) + 64
 
 
 def _aligned(x: Tensor) -> int:

@@ -40,13 +40,10 @@ from .llvm import (
     tiles_end,
 )  # fmt: skip
 from .loops import decode
-from .pairprograms import MatrixLine, PairLine
+from .pairprograms import HELD, PAIRS, PIECES, TILE, MatrixLine, PairLine
 
-GROUP, PIECES = 3, 3  # tiles of pairs that share what is loaded of X, and pieces of a number of X
-PAIRS = GROUP * TILE_ROWS
-COLUMNS = 4  # tiles of columns of X whose products are held before u meets them: 12 KiB
-TILE = TILE_ROWS * TILE_BYTES
-HELD = COLUMNS * GROUP * TILE
+GROUP = PAIRS // TILE_ROWS  # tiles of pairs that share what is loaded of X
+COLUMNS = HELD // (GROUP * TILE)  # tiles of columns of X whose products are held before u meets them
 
 
 class Sides(NamedTuple):

@@ -20,6 +20,8 @@ from .pairprograms import PairProgram
 from .payload import Places
 from .tileproducts import DenseProgram
 
+TOGETHER = 32  # blocks whose rows may be in memory at a time
+
 
 @runtime_checkable
 class Program(Protocol):
@@ -53,8 +55,8 @@ def _program(bits: str, rank: int, keys: list[str], queries: list[Tensor], forms
 def add(
     scores: Float[Tensor, "Q n"], program: Program, forms: Mapping[str, Form], shard: Shard, lo: int, *, numbers: int
 ) -> None:
-    """scores += <query, row> of the rows from `lo` on; of those that are not in memory so many numbers are read at a
-    time."""
+    """scores += <query, row> of the rows from `lo` on; of those that are not in memory TOGETHER times so many numbers
+    are read at a time."""
     n = scores.shape[1]
     assert shard.lo <= lo <= lo + n <= shard.hi
     if isinstance(shard, Mapped) and shard.is_mapped:
@@ -62,7 +64,8 @@ def add(
         program.add(scores, places.addresses)
         del places  # its mapping was needed until now
         return
-    step = max(1, numbers // max(1, sum(forms[key].numbers for key in program.keys)))
+    # As much together as a few blocks take one after the other: each piece of each block is a request of its own.
+    step = max(1, TOGETHER * numbers // max(1, sum(forms[key].numbers for key in program.keys)))
     for at in range(lo, lo + n, step):
         end = min(at + step, lo + n)
         places = _fetched(shard, program.keys, forms, at, end)

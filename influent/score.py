@@ -298,7 +298,7 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
 
 
 def _demand_finite(queries: Queries) -> None:
-    few = sum(q.numel() for q in queries.values()) <= JOINED
+    few = sum(q.numel() for q in queries.values()) <= JOINED and len({q.device for q in queries.values()}) == 1
     if few and isfinite(float(torch.cat(list(queries.values()), dim=1).sum())):
         return
     for key, q in queries.items():

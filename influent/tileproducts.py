@@ -3,12 +3,13 @@
 A query is cut into three pieces that its rows' numbers are multiplied with as they are stored. Against bfloat16 rows
 they are the three bfloat16 numbers that sum to a float32 one, after the query's largest number in the block has been
 brought to between 1 and 2 by a power of two: exact, but for what is below 2^-126 then. Against codes they are digits
-of base 254, q = s (d1 + d2 / 254 + d3 / 254^2) up to |q|max 2^-24, as in digits.py, and sums are exact.
+of base 254, q = s (d1 + d2 / 254 + d3 / 254^2) up to |q|max 2^-23.9, as in digits.py, and sums are exact.
 
-So the score of a row in codes is off by at most 2^-24 |q|max sum_j |code_j| |scale|, of signs by twice that; of a
+So the score of a row in codes is off by at most 2^-23.9 |q|max sum_j |code_j| |scale|, of signs by twice that; of a
 bfloat16 row, whose float32 sums have chains of 32 products in a step and of up to 32 steps, by
 (32 + 32 + 3) 2^-24 sum_j |q_j x_j|. Numbers of bfloat16 rows below 2^-126 count as zero. The order of the sums depends
-on nothing but the number of queries: a row scores the same to the bit in any company.
+on nothing but the number of queries: a row scores the same to the bit in any company. Products below 2^-126, of queries
+brought to between 1 and 2, count as zero, and those above 2^128 are infinite.
 
 Not here: the loops (tiles.py, and signs.py for one query of signs), whose rows lie where.
 """
@@ -79,13 +80,14 @@ class DenseProgram:
             into = scores if tiles == 1 else scores[group * columns : (group + groups) * columns]
             for lo in range(0, n, step):
                 m = min(step, n - lo)
-                held = torch.zeros(groups * m + LANES, columns, dtype=torch.float64)  # whole vectors are written
-                wide = held[: groups * m].view(groups, m, columns)
+                held = np.zeros((groups * m + LANES, columns))  # whole vectors are written
                 run(
-                    table.ctypes.data, len(table), first + lo, m, there, group, groups, wide.data_ptr(),
-                    space.data_ptr(),
+                    table.ctypes.data, len(table), first + lo, m, there, group, groups, held.ctypes.data,
+                    -(-space.data_ptr() // 64) * 64,
                 )  # fmt: skip
-                into[:, lo : lo + m] += _folded(wide, len(into), tiles)
+                wide = held[: groups * m].reshape(groups, m, columns)
+                # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
+                into.numpy()[:, lo : lo + m] += _folded(wide, len(into), tiles)
 
     def _space(self, n: int) -> Tensor:
         """Accumulators, unpacked codes, and the rows that are copied: those of two groups, and what a left tile is
@@ -94,7 +96,7 @@ class DenseProgram:
         stride, steps, block = self.table[:, 2], self.table[:, 3], TILE_BLOCK[tiles]
         size = -(-steps * TILE_STEP[self.bits] // 64) * 64
         copied = np.minimum(n, 3 * block + 64 // stride) + block
-        return torch.empty(8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
+        return torch.empty(64 + 8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
 
 
 def _shape(num_queries: int, bits: str) -> tuple[int, int, int]:
@@ -115,9 +117,10 @@ def _steps(width: np.ndarray, bits: str) -> np.ndarray:
     return -(-width // 64) if bits != "int4" else -(-width // 2 // 64) * 2
 
 
-def _folded(wide: Float[Tensor, "groups m columns"], num_queries: int, tiles: int) -> Float[Tensor, "Q m"]:
-    """The sums of each query, its pieces' together."""
+def _folded(wide: np.ndarray, num_queries: int, tiles: int) -> np.ndarray:
+    """The sums of each query [Q, m], its pieces' together, of those of groups [groups, m, columns]."""
     if tiles > 1:
-        return wide.transpose(1, 2).flatten(0, 1)[:num_queries]
+        return wide.transpose(0, 2, 1).reshape(-1, wide.shape[1])[:num_queries]
     few = TILE_FEW[wide.shape[2]]
-    return wide[0, :, : TILE_PIECES * few].unflatten(1, (TILE_PIECES, few))[:, :, :num_queries].sum(1).T
+    pieces = wide[0, :, : TILE_PIECES * few].reshape(-1, TILE_PIECES, few)
+    return pieces[:, :, :num_queries].sum(1).T

@@ -85,8 +85,8 @@ def dense(bits: str, tiles: int, columns: int) -> str:
 
     (table, lines, first, rows, rows that there are, first group, groups, wide, space): a line of the table has the
     addresses of the rows and of their scales, the bytes of a row, its steps, and the addresses of the right tiles
-    [groups, steps, tiles], of the weights [groups, tiles, 16] float64 and of what is added to a row's sums before they
-    are scaled [groups, 16] float64. `wide` is [groups, rows, 16] float64.
+    [groups, steps, tiles], of the weights [groups, tiles, columns] and of what is added to a row's sums before they are
+    scaled, [groups, columns]; both, and `wide` [groups, rows, columns], are float64.
     """
     fn, b = function("dense", [pointer(I64), *[I64] * 6, pointer(F64), pointer(I8)])
     table, lines, first, rows, there, first_group, groups, wide, space = fn.args

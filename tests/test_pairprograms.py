@@ -80,13 +80,13 @@ def test_rows_as_they_are_stored(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("factors", [(96, 40), (700, 130)])
+@pytest.mark.parametrize("factors", [(96, 40), (36, 96), (700, 130)])
 def test_the_error_is_within_what_the_module_promises(bits, factors):
     """Numbers of one sign, whose rounding errors do not cancel."""
     row, q = pairs(bits, 60, 1, factors), asked(2, factors).abs() + 1
     if isinstance(row, LowRank):
         row = LowRank(row.u.abs(), row.v.abs())
-    bound = (3 * factors[0] / 32 + 32) * 2**-24
+    bound = (3 * max(factors) / 32 + 32) * 2**-24
     assert bool(((added(row, q, bits) - exact(row, q)).abs() <= bound * exact(row, q, sizes=True)).all())
 
 
@@ -153,11 +153,22 @@ def test_queries_of_any_size(size):
     assert torch.equal(added(row, torch.zeros(1, 360), "bfloat16"), torch.zeros(1, 20, dtype=torch.float64))
 
 
-def test_a_row_that_is_not_finite_is_alone_in_it():
-    row, q = pairs("bfloat16", 60, 1, (32, 32)), asked(1, (32, 32))
+@pytest.mark.parametrize(("side", "lost"), [(32, [7]), (18, [6, 7])])
+def test_a_row_that_is_not_finite_takes_at_most_the_one_before_it_along(side, lost):
+    row, q = pairs("bfloat16", 60, 1, (side, side)), asked(1, (side, side))
     row.u[7, 0, 3] = torch.inf
-    finite = added(row, q, "bfloat16").isfinite()
-    assert not bool(finite[0, 7]) and int(finite.sum()) == 59
+    assert added(row, q, "bfloat16")[0].isfinite().logical_not().nonzero().flatten().tolist() == lost
+
+
+def test_threads_add_in_inference_mode_and_take_any_queries(monkeypatch):
+    row, q = pairs("int4", 200, 2, (18, 20)), asked(2, (18, 20))
+    whole = added(row, q, "int4")
+    monkeypatch.setattr(pairprograms, "LEAST", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with torch.inference_mode():
+        assert torch.equal(added(row, q, "int4"), whole)
+    assert torch.equal(added(row, q.double().requires_grad_(), "int4"), whole)
+    assert torch.equal(added(row, q.T.contiguous().T, "int4"), whole)
 
 
 def test_tiles_are_left_to_others_as_they_were():

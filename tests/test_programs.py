@@ -123,6 +123,7 @@ def test_scores_are_those_of_the_rows_wherever_they_lie(tmp_path, monkeypatch, m
     for window, fetch in ((12, 1 << 21), (9, 120)):  # of scores, for three queries
         monkeypatch.setattr(score_module, "WINDOW_SCORES", window)
         monkeypatch.setattr("influent.asking.FETCH_NUMBERS", fetch)
+        monkeypatch.setattr("influent.programs.TOGETHER", 1)
         near(all_scores(index, queries, normalize=normalize), expected)
         near(all_scores(Memory(index), queries, normalize=normalize), expected)
 

