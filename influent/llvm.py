@@ -90,6 +90,12 @@ def total(b: Value, parts: Sequence[Value]) -> Value:
     return b.fpext(b.extract_element(x, ir.Constant(I32, 0)), F64)
 
 
+def declared(b: Value, name: str, result: Value, kinds: Sequence[Value]) -> Value:
+    """The function of LLVM by this name, declared once a module."""
+    found = b.module.globals.get(name)
+    return found if found is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
+
+
 def pointer(of: Value) -> Value:
     return of.as_pointer()
 
@@ -142,8 +148,4 @@ def tile_product(b: Value, kind: str, into: int, left: int, right: int) -> None:
 def _tile(b: Value, name: str, *arguments: Any) -> None:
     """One instruction on tiles, whose numbers are part of it."""
     given = [ir.Constant(I8, x) if isinstance(x, int) else x for x in arguments]
-    full = f"llvm.x86.{name}"
-    fn = b.module.globals.get(full)
-    if fn is None:
-        fn = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [x.type for x in given]), full)
-    b.call(fn, given)
+    b.call(declared(b, f"llvm.x86.{name}", ir.VoidType(), [x.type for x in given]), given)

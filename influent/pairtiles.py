@@ -31,6 +31,7 @@ from .llvm import (
     loop,
     pointer,
     repeat,
+    spread,
     store,
     tile_load,
     tile_product,
@@ -134,8 +135,7 @@ def _numbers_of(b: Value, line: MatrixLine, x: Value, i: Value, column: Value, f
         number = b.load(b.gep(x, [b.add(first, b.mul(b.select(held, j, last), line.across))]), align=4)
         number = b.select(b.and_(inside, held), number, ir.Constant(F32, 0.0))
         vector = b.insert_element(vector, number, ir.Constant(I32, lane))
-    one = b.insert_element(ir.Constant(vector.type, ir.Undefined), factor, ir.Constant(I32, 0))
-    return b.fmul(vector, b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)))
+    return b.fmul(vector, spread(b, factor))
 
 
 def _cut(b: Value, both: Sequence[Value], to: Value) -> None:
@@ -209,8 +209,7 @@ def _add(b: Value, sums: Value, weight: Value, scale: Value | None, out: Value, 
     x = b.fpext(sums, wide)
     if scale is not None:
         x = b.fmul(x, b.fpext(_wide(b, b.gep(b.bitcast(scale, pointer(I16)), [integer(at)])), wide))
-    one = b.insert_element(ir.Constant(wide, ir.Undefined), weight, ir.Constant(I32, 0))
-    x = b.fmul(x, b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)))
+    x = b.fmul(x, spread(b, weight))
     place = b.bitcast(b.gep(out, [integer(at)]), pointer(wide))
     b.store(b.fadd(b.load(place, align=8), x), place, align=8)
 

@@ -8,7 +8,23 @@ This module needs llvmlite, so nothing but compiled.py imports it.
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES, TILE_LINE, TILE_PIECES, TILE_STEP
-from .llvm import F64, I8, I16, I32, I64, TILE_BYTES, Value, finished, function, integer, loop, pointer, repeat, spread
+from .llvm import (
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    TILE_BYTES,
+    Value,
+    declared,
+    finished,
+    function,
+    integer,
+    loop,
+    pointer,
+    repeat,
+    spread,
+)
 from .tiles import AHEAD, SUMS, bits_as_bytes, copy_rows, safe_rows
 
 ROWS = 4  # side by side, which share what is loaded of the digits
@@ -53,11 +69,8 @@ def signs() -> str:
 
 def _sums(b: Value, fn: Value, row: Value, stride: Value, digits: Value, steps: Value, rows: int) -> list[list[Value]]:
     """For each of some rows, of each digit the sums of sixteen lanes over the bits that are set."""
-    name = "llvm.x86.avx512.vpdpbusd.512"
-    product = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(SUM, [SUM] * 3), name)
-    ask = b.module.globals.get("llvm.prefetch.p0")
-    if ask is None:
-        ask = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [pointer(I8), *[I32] * 3]), "llvm.prefetch.p0")
+    product = declared(b, "llvm.x86.avx512.vpdpbusd.512", SUM, [SUM] * 3)
+    ask = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
 
     def body(state: list[Value]) -> list[Value]:
         at, digit, soon, *sums = state

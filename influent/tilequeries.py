@@ -12,7 +12,7 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import TILE_BASE, TILE_FEW, TILE_LINE, TILE_PIECES
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat, spread,
+    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, declared, finished, function, integer, loop, pointer, repeat, spread,
 )  # fmt: skip
 
 WORTH = {"bfloat16": 1.0, "int8": 1.0, "int4": 1 / 16, "sign": -2.0}  # of a product with the bytes in a left tile
@@ -119,7 +119,7 @@ def _eights(b: Value, x: Value) -> list[Value]:
 def _digits(b: Value, x: Value) -> list[Value]:
     """Three digits of each, four of them in a lane."""
     count, found = x.type.count, []
-    rint = _declared(b, f"llvm.rint.v{count}f64", x.type, [x.type])
+    rint = declared(b, f"llvm.rint.v{count}f64", x.type, [x.type])
     for _ in range(TILE_PIECES):
         digit = b.call(rint, [x])
         x = b.fmul(b.fsub(x, digit), ir.Constant(x.type, [float(TILE_BASE)] * count))
@@ -135,7 +135,7 @@ def _masked(b: Value, q: Value, start: Value, end: Value, count: int) -> Value:
     left = b.trunc(b.select(b.icmp_signed("<", left, integer(count)), left, integer(count)), I32)
     mask = b.icmp_signed("<", ir.Constant(lanes, list(range(count))), spread(b, left, count))
     given = [b.bitcast(b.gep(q, [start]), pointer(kind)), ir.Constant(I32, 4), mask, ir.Constant(kind, [0.0] * count)]
-    return b.call(_declared(b, f"llvm.masked.load.v{count}f32.p0", kind, [x.type for x in given]), given)
+    return b.call(declared(b, f"llvm.masked.load.v{count}f32.p0", kind, [x.type for x in given]), given)
 
 
 def _over(b: Value, x: Value, both: Callable[[Value, Value], Value]) -> Value:
@@ -146,11 +146,6 @@ def _over(b: Value, x: Value, both: Callable[[Value, Value], Value]) -> Value:
         halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(lo, lo + lanes))) for lo in (0, lanes)]
         x = both(*(b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves))
     return b.extract_element(x, ir.Constant(I32, 0))
-
-
-def _declared(b: Value, name: str, result: Value, kinds: list[Value]) -> Value:
-    found = b.module.globals.get(name)
-    return found if found is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
 
 
 def _many(of: Value, bits: str) -> Value:

@@ -17,8 +17,8 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_STAGED, TILE_STEP
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, finished, function, integer, loop, pointer, repeat,
-    spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
+    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, loop, pointer,
+    repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
 )  # fmt: skip
 
 TILE = TILE_ROWS * TILE_BYTES
@@ -190,19 +190,14 @@ def bits_as_bytes(b: Value, x: Value) -> Value:
     """Of the k-th eight bytes their bits k: 0 or 1. Each eight bytes of the other factor are a matrix over two numbers,
     a byte a row, the lowest bit's last (GF2P8AFFINEQB)."""
     rows = [1 << k if byte == 7 else 0 for k in range(8) for byte in range(8)]
-    name = "llvm.x86.vgf2p8affineqb.512"
-    fn = b.module.globals.get(name)
-    if fn is None:
-        fn = ir.Function(b.module, ir.FunctionType(BYTES, [BYTES, BYTES, I8]), name)
+    fn = declared(b, "llvm.x86.vgf2p8affineqb.512", BYTES, [BYTES, BYTES, I8])
     return b.call(fn, [x, ir.Constant(BYTES, [row - 256 if row > 127 else row for row in rows]), ir.Constant(I8, 0)])
 
 
 def _ask(made: _Loop, start: Value, stride: Value, step: Value) -> None:
     """Memory is asked for what will be read soon: what it takes to answer is longer than to multiply sixteen rows."""
-    b, name = made.b, "llvm.prefetch.p0"
-    fn = b.module.globals.get(name)
-    if fn is None:
-        fn = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [pointer(I8), *[I32] * 3]), name)
+    b = made.b
+    fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
     size = b.mul(stride, integer(made.block))
     start = b.gep(start, [b.select(b.icmp_signed(">", size, integer(AHEAD)), size, integer(AHEAD))])
     if made.bits == "sign":  # whose steps are an eighth of a line: two lines each of what lies there
@@ -342,10 +337,7 @@ def _scales(b: Value, at: Value, left: Value, together: int) -> Value:
 def _masked(b: Value, at: Value, mask: Value, kind: Value, name: str, align: int) -> Value:
     """Numbers from memory where the mask is set, zeros elsewhere, where nothing is read."""
     given = [at, ir.Constant(I32, align), mask, ir.Constant(kind, [0] * kind.count)]
-    fn = b.module.globals.get(name)
-    if fn is None:
-        fn = ir.Function(b.module, ir.FunctionType(kind, [x.type for x in given]), name)
-    return b.call(fn, given)
+    return b.call(declared(b, name, kind, [x.type for x in given]), given)
 
 
 def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
