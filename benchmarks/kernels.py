@@ -25,7 +25,17 @@ from influent.codec import FLOATS, PER_BYTE, Codec
 from influent.coding import decode, encode
 from influent.digits import Digits
 from influent.gradients import LowRank, Row
-from influent.kernels import CHUNK_NUMBERS, TILED, BlockQueries, Sums, _add_between, _add_cut, _add_whole, prepare
+from influent.kernels import (
+    CHUNK_NUMBERS,
+    TILED,
+    BlockQueries,
+    Sums,
+    _add_between,
+    _add_cut,
+    _add_whole,
+    _cheapest,
+    prepare,
+)
 from influent.pairprograms import PairProgram
 from influent.products import Products
 from influent.programs import Program
@@ -66,7 +76,7 @@ def least(call: Callable[[], object], repeats: int) -> float:
 
 def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -> dict[str, Any]:
     (a, b), q = shape, torch.randn(num_queries, shape[0] * shape[1])
-    whole, cuts = prepare(q, shape, None), {k: prepare(q, shape, k).cut for k in CUTS}
+    cuts = {k: prepare(q, shape, k).cut for k in CUTS}
     calls = {
         "between": (rank * (a + b), lambda into, row: _add_between(Sums(into), row, q)),
         "whole": (a * b, lambda into, row: _add_whole(into, row, q)),
@@ -81,7 +91,7 @@ def kernels(shape: tuple[int, int], rank: int, num_queries: int, repeats: int) -
         scores = torch.zeros(num_queries, num_rows, dtype=torch.float64)
         seconds = least(lambda call=call, scores=scores, row=row: call(scores, row), repeats)
         ns[name] = round(1e9 * seconds / num_rows / num_queries, 1)
-    chosen = whole._cheapest(rank, a, b)[0]
+    chosen = _cheapest(num_queries, None, rank, a, b)[0]
     return {"factors": list(shape), "rank": rank, "queries": num_queries, "ns": ns, "chosen": chosen}
 
 
@@ -141,7 +151,7 @@ def by_program(program: Program, num_queries: int, tensors: dict[str, torch.Tens
     """All rows' scores in one call."""
     names = ("k", "k.scale") if "k" in tensors else ("k.v", "k.u", "k.scale")
     scores = torch.zeros(num_queries, len(tensors[names[0]]), dtype=torch.float64)
-    return lambda: program.add(scores, [tuple(tensors[x].data_ptr() if x in tensors else 0 for x in names)])
+    return lambda: program.add(scores, np.array([[tensors[x].data_ptr() if x in tensors else 0 for x in names]]))
 
 
 def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

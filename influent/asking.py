@@ -15,7 +15,7 @@ from .codec import Form
 from .errors import NumericsError
 from .gradients import Flat, LowRank, Packed, PackedPairs, Row
 from .gram import RowSource, Shard
-from .kernels import BlockQueries, Sums, prepare
+from .kernels import BlockQueries, Sums, by_tiles, prepare
 from .programs import Program, forms_of
 
 FETCH_NUMBERS = 1 << 21  # numbers of blocks decoded at once: 8 MiB of float32, or views of the file; bytes of codes
@@ -70,20 +70,27 @@ class Asked:
 
 def ask(index: RowSource, queries: Mapping[str, Tensor], query_rank: int | None) -> Asked:
     """The queries [Q, K] of each block, cut to `query_rank` where rows are pairs and that is less work."""
-    forms, together, blocks, chosen = forms_of(index), {}, [], {}
-    for key in index.widths:
-        form = forms[key]
-        asked = prepare(queries[key], form.factors, query_rank)
-        if form not in chosen:
-            chosen[form] = asked.by_tiles(form)
-        if chosen[form]:
-            together[key] = asked.whole
-        elif form.factors is None and form.packed:
-            blocks.append(Block(key, form, prepare(queries[key], None, None, bits=form.bits)))
+    forms, num_queries = forms_of(index), len(next(iter(queries.values())))
+    kinds = {form: _kind(form, num_queries, query_rank) for form in set(forms.values())}
+    together, blocks = {}, []
+    for key, form in forms.items():
+        if (kind := kinds[form]) is not None:
+            together.setdefault(kind, []).append(key)
         else:
-            blocks.append(Block(key, form, asked))
-    num_queries = len(next(iter(queries.values())))
-    return Asked(num_queries, forms, programs.programs(forms, together), blocks)
+            bits = form.bits if form.packed and form.factors is None else None
+            blocks.append(Block(key, form, prepare(queries[key], form.factors, query_rank, bits=bits)))
+    made = []
+    for (bits, rank), keys in together.items():
+        held, whole = [forms[key] for key in keys], [queries[key] for key in keys]
+        if query_rank is not None:
+            whole = [prepare(q, form.factors, query_rank).whole for q, form in zip(whole, held, strict=True)]
+        made.append(programs.program_of(bits, rank, keys, whole, held))
+    return Asked(num_queries, forms, made, blocks)
+
+
+def _kind(form: Form, num_queries: int, query_rank: int | None) -> tuple[str, int] | None:
+    """(bits, rank) of the program that such rows are best left to, with all others of that kind; None without one."""
+    return (form.bits, form.rank) if by_tiles(form, num_queries, query_rank) else None
 
 
 def captured(index: RowSource, queries: Mapping[str, Tensor], query_rank: int) -> Float[Tensor, "blocks Q"]:

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
@@ -121,6 +121,15 @@ def loop(name: str, *options: str | int) -> Callable[..., None]:
     function: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
     function.engine = engine  # which owns the code
     return function
+
+
+def readable(queries: Sequence[Float[Tensor, "Q _"]]) -> list[Float[Tensor, "Q _"]]:
+    """Each as loops read it: float32 on the CPU, a query after the other. Those that are so are not copied."""
+    return [
+        q if q.dtype is torch.float32 and q.is_cpu and q.is_contiguous()
+        else q.detach().to("cpu", torch.float32).contiguous()
+        for q in queries
+    ]  # fmt: skip
 
 
 def unpack(codes: Int8[Tensor, "*n p"] | UInt8[Tensor, "*n p"], bits: str, length: int) -> Float[Tensor, "*n {length}"]:

@@ -89,23 +89,15 @@ class BlockQueries:
     def __len__(self) -> int:
         return self.whole.shape[0]
 
-    def by_tiles(self, form: Form) -> bool:
-        """Whether rows of this form are best left to a program (programs.py)."""
-        if form.bits not in TILED or form.width == 0 or not compiled.tiles_usable():
-            return False
-        if form.factors is None:
-            return form.packed or len(self) <= TILED_QUERIES
-        return self._cheapest(form.rank, *form.factors, loops=form.packed, tiles=True)[0] == "tiles"
-
     def add(self, sums: "Sums", row: Row) -> None:
         """sums.scores += <query, row>, [Q, n]; some of it not before `sums.close`."""
         if isinstance(row, Packed) and self.coded is not None and self.coded.bits == row.bits:
             self.coded.add(sums.scores, row)
             return
         if isinstance(row, PackedPairs):
-            kernel, held = self._cheapest(row.u.shape[1], *row.factors, loops=_loops(row.factors))
+            kernel, held = _cheapest(len(self), self._rank, row.u.shape[1], *row.factors, loops=_loops(row.factors))
         elif isinstance(row, LowRank):
-            kernel, held = self._cheapest(row.u.shape[1], row.v.shape[2], row.u.shape[2])
+            kernel, held = _cheapest(len(self), self._rank, row.u.shape[1], row.v.shape[2], row.u.shape[2])
         else:
             kernel, held = "whole", min(self.whole.shape[1], LONGEST_SUM)
         step = max(1, CHUNK_NUMBERS // max(1, held))
@@ -130,22 +122,9 @@ class BlockQueries:
         else:
             _add_whole(sums.scores, row, self.whole)
 
-    def _cheapest(self, c: int, a: int, b: int, *, loops: bool = False, tiles: bool = False) -> tuple[str, int]:
-        """The kernel for rows of c pairs of such sides, and how many numbers it holds for each; `loops` says whether
-        pairs in codes can stay as they are, `tiles` whether a program is to be had."""
-        ways = [
-            (len(self) * BETWEEN * c * (a * b + CALL), "between", c * (a + b)),
-            ((len(self) * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
-        ]
-        if loops:
-            ways.append((len(self) * LOOP * c * (a * b + 2 * CALL), "loop", max(c * len(self), c * (a + b) // 4)))
-        if tiles:
-            ways.append((len(self) * TILES * c * pairprograms.work(a, b), "tiles", 0))
-        if self.cut is not None:
-            k = self.cut.u.shape[1]
-            ways.append((len(self) * c * (CUT * k * (a + b) + CUT_CALL), "cut", c * (a + b + 2 * len(self) * k)))
-        _, kernel, held = min(ways)
-        return kernel, held
+    @property
+    def _rank(self) -> int | None:
+        return None if self.cut is None else self.cut.u.shape[1]
 
 
 def prepare(
@@ -157,11 +136,47 @@ def prepare(
         q = q.detach().cpu().float()
     if bits is not None:
         return BlockQueries(q, coded=_coded(q, bits))
-    if rank is None or factors is None or rank * sum(factors) >= q.shape[1]:
+    if rank is None or factors is None or _cut_rank(factors, rank) is None:
         return BlockQueries(q)
     cut = truncate(q.unflatten(1, factors), rank)
     pairs = LowRank(cut.pairs.u * cut.sigma[..., None], cut.pairs.v)
     return BlockQueries(pairs.flat(), pairs, cut.captured)
+
+
+def by_tiles(form: Form, num_queries: int, query_rank: int | None) -> bool:
+    """Whether rows of this form are best left to a program (programs.py), for queries that are cut to `query_rank`."""
+    if form.bits not in TILED or form.width == 0 or not compiled.tiles_usable():
+        return False
+    if form.factors is None:
+        return form.packed or num_queries <= TILED_QUERIES
+    cut = _cut_rank(form.factors, query_rank)
+    return _cheapest(num_queries, cut, form.rank, *form.factors, loops=form.packed, tiles=True)[0] == "tiles"
+
+
+def _cut_rank(factors: Factors, rank: int | None) -> int | None:
+    """How many pairs are left of a query's matrix: None when it is not cut, since they would be no fewer numbers."""
+    return rank if rank is not None and rank * sum(factors) < factors[0] * factors[1] else None
+
+
+def _cheapest(
+    num_queries: int, cut: int | None, c: int, a: int, b: int, *, loops: bool = False, tiles: bool = False
+) -> tuple[str, int]:
+    """The kernel for rows of c pairs of such sides, and how many numbers it holds for each. `cut` is the number of
+    pairs of a query that is cut; `loops` says whether pairs in codes can stay as they are, `tiles` whether a program
+    is to be had."""
+    ways = [
+        (num_queries * BETWEEN * c * (a * b + CALL), "between", c * (a + b)),
+        ((num_queries * WHOLE + FORM) * a * b, "whole", min(a * b, LONGEST_SUM)),
+    ]
+    if loops:
+        ways.append((num_queries * LOOP * c * (a * b + 2 * CALL), "loop", max(c * num_queries, c * (a + b) // 4)))
+    if tiles:
+        ways.append((num_queries * TILES * c * pairprograms.work(a, b), "tiles", 0))
+    if cut is not None:
+        held = c * (a + b + 2 * num_queries * cut)
+        ways.append((num_queries * c * (CUT * cut * (a + b) + CUT_CALL), "cut", held))
+    _, kernel, held = min(ways)
+    return kernel, held
 
 
 def _loops(factors: Factors) -> bool:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .codec import PER_BYTE, Factors
-from .compiled import LANES, in_parts, loop
+from .compiled import LANES, in_parts, loop, readable
 
 TILES = 1 << 28  # bytes of all matrices that are kept ready: of more, some are made at a time, for each window of rows
 SUMS = 1 << 22  # sums of pairs and queries held at once, in float64
@@ -77,7 +78,7 @@ class PairProgram:
     rank: int
     bits: str
     queries: Sequence[Float[Tensor, "Q _"]]
-    shapes: Int64[Tensor, "blocks fields"]  # each block's `_Shape`
+    shapes: "_Shapes"
     tables: Sequence["_Table"]  # what is ready of the queries: all of them, or nothing if their tiles take too much
 
     @staticmethod
@@ -85,43 +86,42 @@ class PairProgram:
            bits: str) -> "PairProgram":  # fmt: skip
         """`queries` and `factors` (a, b) of each key; the pairs' v has a numbers and u has b. Only where
         `compiled.tiles_usable`."""
-        numbers = [q.float().contiguous() for q in queries]
-        numbered = {shape: number for number, shape in enumerate(dict.fromkeys(factors))}
-        shapes = torch.tensor([_shape(a, b, bits) for a, b in numbered])[[numbered[shape] for shape in factors]]
-        fits = len(numbers[0]) * _size(shapes) <= TILES
+        numbers, shapes = readable(queries), _shapes(tuple(factors), bits)
+        fits = len(numbers[0]) * shapes.size <= TILES
         tables = [_Table.of(numbers, shapes, rank, 0, len(numbers[0]))] if fits else []
         return PairProgram(tuple(keys), rank, bits, numbers, shapes, tables)
 
-    def add(self, scores: Float[Tensor, "Q n"], places: Sequence[tuple[int, ...]]) -> None:
+    def add(self, scores: Float[Tensor, "Q n"], places: Int64[np.ndarray, "blocks 3"]) -> None:
         """scores += <query, row> for n rows; `places` are the addresses of each block's v, u and scale (0 where there
         is none) at the first of them."""
-        addresses = torch.tensor(places, dtype=torch.int64).flatten()
         for table in self.tables or self._made():
-            mine, step = addresses[table.blocks], max(1, SUMS // (table.count * self.rank))
+            mine, step = places.ravel()[table.plan.places], max(1, SUMS // (table.count * self.rank))
             asked = scores[table.first : table.first + table.count]
             for lo in range(0, scores.shape[1], step):
                 part = asked[:, lo : lo + step]
 
-                def run(a: int, b: int, lo: int = lo, part: Tensor = part, mine: Tensor = mine, table: _Table = table):
-                    self._run(part[:, a:b], table, mine + (lo + a) * table.strides)
+                def run(
+                    a: int, b: int, lo: int = lo, part: Tensor = part, mine: np.ndarray = mine, table: _Table = table
+                ):
+                    self._run(part[:, a:b], table, mine + (lo + a) * table.plan.strides)
 
                 in_parts(part.shape[1], LEAST, run)
 
     def _made(self) -> Iterator["_Table"]:
         """Tables of as many queries at a time as TILES lets."""
-        step = max(1, TILES // _size(self.shapes))
+        step = max(1, TILES // self.shapes.size)
         for lo in range(0, len(self.queries[0]), step):
             yield _Table.of(self.queries, self.shapes, self.rank, lo, min(lo + step, len(self.queries[0])))
 
-    def _run(self, scores: Float[Tensor, "q n"], table: "_Table", addresses: Int64[Tensor, "lines 3"]) -> None:
+    def _run(self, scores: Float[Tensor, "q n"], table: "_Table", addresses: Int64[np.ndarray, "lines 3"]) -> None:
         count = scores.shape[1] * self.rank
-        lines = table.lines.clone()
+        lines = table.lines.copy()
         lines[:, :3] = addresses
         apart = -(-count // PAIRS) * PAIRS
         out = torch.zeros(table.count, apart, dtype=torch.float64)
-        space = torch.zeros(HELD + 5 * _room(self.shapes) + 64, dtype=torch.uint8)
+        space = torch.zeros(HELD + 5 * self.shapes.room + 64, dtype=torch.uint8)
         loop("pairs", self.bits)(
-            lines.data_ptr(), len(lines), count, out.data_ptr(), apart, _aligned(space)
+            lines.ctypes.data, len(lines), count, out.data_ptr(), apart, _aligned(space)
         )  # fmt: skip
         found = out.numpy()[:, :count]
         # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
@@ -134,35 +134,55 @@ class _Table:
 
     first: int
     count: int
-    lines: Int64[Tensor, "lines fields"]  # of `PairLine`, but for the addresses of stored tensors
-    blocks: Int64[Tensor, "lines 3"]  # where those are among all places' numbers
-    strides: Int64[Tensor, "lines 3"]  # bytes of a row of them
+    plan: "_Plan"
+    lines: Int64[np.ndarray, "lines fields"]  # of `PairLine`, but for the addresses of stored tensors
     held: Sequence[Tensor]  # what the lines point to
 
     @staticmethod
-    def of(queries: Sequence[Tensor], shapes: Int64[Tensor, "blocks fields"], rank: int, lo: int, hi: int) -> "_Table":
-        shape, count, numbers = _Shape(*shapes.T), hi - lo, torch.arange(len(shapes))
-        tiles = torch.empty(64 + count * _size(shapes), dtype=torch.uint8)
-        weights = torch.empty(len(shapes), count, dtype=torch.float64)
-        x = torch.tensor([x.data_ptr() for x in queries]) + 4 * lo * shape.a * shape.b
-        to = _aligned(tiles) + count * (shape.tiles.cumsum(0) - shape.tiles)
-        weight = weights.data_ptr() + 8 * count * numbers
-        matrices = torch.stack(MatrixLine(x, to, weight, *shape[:4], shape.steps, shape.columns), 1)
-        loop("pieces")(matrices.data_ptr(), len(matrices), count)
+    def of(queries: Sequence[Tensor], shapes: "_Shapes", rank: int, lo: int, hi: int) -> "_Table":
+        count = hi - lo
+        plan = _plan(shapes, rank, count, MATRICES)
+        tiles = torch.empty(64 + count * shapes.size, dtype=torch.uint8)
+        weights = torch.empty(len(queries), count, dtype=torch.float64)
+        held = np.array([_aligned(tiles), weights.data_ptr()])
+        matrices, lines = plan.matrices.copy(), plan.lines.copy()
+        matrices[:, 0] = lo * plan.matrices[:, 0] + [x.data_ptr() for x in queries]
+        matrices[:, 1:3] += held
+        lines[:, 3:5] += held
+        loop("pieces")(matrices.ctypes.data, len(matrices), count)
+        return _Table(lo, count, plan, lines, (tiles, weights))
 
-        most = (MATRICES // shape.tiles).clamp(min=1)
-        parts = (count + most - 1) // most
-        block = numbers.repeat_interleave(parts)
-        first = most[block] * (torch.arange(len(block)) - (parts.cumsum(0) - parts)[block])
-        mine, none, room = _Shape(*shapes[block].T), torch.zeros_like(first), torch.full_like(first, _room(shapes))
-        lines = PairLine(
-            none, none, none, to[block] + first * mine.tiles, weight[block] + 8 * first, mine.size_v, mine.size_u,
-            mine.steps, mine.columns, mine.tiles, first, torch.minimum(most[block], count - first), room,
-            mine.wide_v, mine.wide_u,
-        )  # fmt: skip
-        places = torch.stack([mine.swapped, 1 - mine.swapped, none + 2], 1) + 3 * block[:, None]
-        strides = torch.stack([mine.size_v, mine.size_u, none + 2], 1) * rank
-        return _Table(lo, count, torch.stack(lines, 1), places, strides, (tiles, weights))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """What the tables of any `count` queries have in common: it depends on the blocks' shapes alone."""
+
+    matrices: Int64[np.ndarray, "blocks _"]  # of `MatrixLine`; x is the bytes of a query, to and weights are where
+    lines: Int64[np.ndarray, "lines _"]  # of `PairLine`; x and weights are where in what is held
+    places: Int64[np.ndarray, "lines 3"]  # where the addresses of stored tensors are among all places' numbers
+    strides: Int64[np.ndarray, "lines 3"]  # bytes of a row of them
+
+
+@lru_cache(maxsize=16)
+def _plan(shapes: "_Shapes", rank: int, count: int, together: int) -> _Plan:
+    """`together` are the bytes of the matrices of a block that are gone through at a time."""
+    shape, numbers = _Shape(*shapes.blocks.T), np.arange(len(shapes.blocks))
+    to, weight = count * (shape.tiles.cumsum() - shape.tiles), 8 * count * numbers
+    matrices = MatrixLine(4 * shape.a * shape.b, to, weight, *shape[:4], shape.steps, shape.columns)
+
+    most = np.maximum(together // shape.tiles, 1)
+    parts = -(-count // most)
+    block = numbers.repeat(parts)
+    first = most[block] * (np.arange(len(block)) - (parts.cumsum() - parts)[block])
+    mine, none = _Shape(*shapes.blocks[block].T), np.zeros_like(first)
+    lines = PairLine(
+        none, none, none, to[block] + first * mine.tiles, weight[block] + 8 * first, mine.size_v, mine.size_u,
+        mine.steps, mine.columns, mine.tiles, first, np.minimum(most[block], count - first), none + shapes.room,
+        mine.wide_v, mine.wide_u,
+    )  # fmt: skip
+    places = np.stack([mine.swapped, 1 - mine.swapped, none + 2], 1) + 3 * block[:, None]
+    strides = np.stack([mine.size_v, mine.size_u, none + 2], 1) * rank
+    return _Plan(np.stack(matrices, 1), np.stack(lines, 1), places, strides)
 
 
 class _Shape(NamedTuple):
@@ -197,15 +217,21 @@ def _shape(a: int, b: int, bits: str) -> _Shape:
     return _Shape(*matrix, int(swapped), steps, columns, size_v, size_u, tiles, wide_v, wide_u)
 
 
-def _size(shapes: Int64[Tensor, "blocks fields"]) -> int:
-    """Bytes of a query's tiles of all blocks."""
-    return int(_Shape(*shapes.T).tiles.sum())
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shapes:
+    """Those of all blocks."""
+
+    blocks: Int64[np.ndarray, "blocks fields"]  # each one's `_Shape`
+    size: int  # bytes of a query's tiles of all blocks
+    room: int  # bytes of a group's sides, in the loop's space
 
 
-def _room(shapes: Int64[Tensor, "blocks fields"]) -> int:
-    """Bytes of a group's sides, in the loop's space."""
-    shape = _Shape(*shapes.T)
-    return PAIRS * int(torch.maximum(shape.wide_v, shape.wide_u).max()) + 64
+@lru_cache(maxsize=16)
+def _shapes(factors: tuple[Factors, ...], bits: str) -> _Shapes:
+    """The very object for the same blocks: an index is asked many times."""
+    blocks = np.array([_shape(a, b, bits) for a, b in factors], np.int64)
+    shape = _Shape(*blocks.T)
+    return _Shapes(blocks, int(shape.tiles.sum()), PAIRS * int(max(shape.wide_v.max(), shape.wide_u.max())) + 64)
 
 
 def _aligned(x: Tensor) -> int:

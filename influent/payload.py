@@ -17,6 +17,7 @@ from .errors import CorruptError
 from .storage import Store
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 DTYPES = {  # safetensors name -> (torch name, bytes per element)
@@ -67,10 +68,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """Where rows lie in memory: of each block the addresses of its tensors at the first of the rows, each 0 where a
-    block has no such tensor. They are good for as long as `held` is."""
+    """Where rows lie in memory: of each block the addresses of its tensors at the first of the rows, each 0 where
+    blocks have no such tensor, [blocks, tensors] int64. They are good for as long as `held` is."""
 
-    addresses: list[tuple[int, ...]]
+    addresses: np.ndarray
     held: object
 
 

@@ -9,7 +9,8 @@ made, are held while their addresses are used. Not here: the programs, which blo
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .codec import Form
@@ -29,24 +30,14 @@ class Program(Protocol):
 
     @property
     def keys(self) -> tuple[str, ...]: ...
-    def add(self, scores: Float[Tensor, "Q n"], places: Sequence[tuple[int, ...]]) -> None:
+    def add(self, scores: Float[Tensor, "Q n"], places: Int64[np.ndarray, "blocks tensors"]) -> None:
         """scores += <query, row> of n rows; `places` are the addresses of each block's tensors at the first of them:
         those of `Form.tensors`, and 0 for the scales of floats."""
         ...
 
 
-def programs(forms: Mapping[str, Form], queries: Mapping[str, Float[Tensor, "Q K"]]) -> list[Program]:
-    """As few as there are kinds of rows among the blocks of `queries`."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for key in queries:
-        alike.setdefault((forms[key].bits, forms[key].rank), []).append(key)
-    return [
-        _program(bits, rank, keys, [queries[key] for key in keys], [forms[key] for key in keys])
-        for (bits, rank), keys in alike.items()
-    ]
-
-
-def _program(bits: str, rank: int, keys: list[str], queries: list[Tensor], forms: list[Form]) -> Program:
+def program_of(bits: str, rank: int, keys: list[str], queries: list[Tensor], forms: list[Form]) -> Program:
+    """That of blocks whose rows are of one kind, dense if their rank is 0; queries [Q, K] and form of each."""
     if rank == 0:
         return DenseProgram.of(keys, queries, bits)
     return PairProgram.of(keys, queries, [form.factors for form in forms if form.factors], rank=rank, bits=bits)
@@ -86,7 +77,7 @@ def _fetched(shard: Shard, keys: Sequence[str], forms: Mapping[str, Form], lo: i
         held += tensors
         absent = () if forms[key].packed else (0,)
         addresses.append((*[x.data_ptr() for x in tensors], *absent))
-    return Places(addresses, held)
+    return Places(np.array(addresses, np.int64), held)
 
 
 def _tensors(row: Row) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .shardrecord import Record
 from .storage import Store
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from .catalog import Catalog
@@ -64,28 +65,33 @@ class Shard:
         return self._index.store.local(self._record.payload) is not None
 
     def places(self, keys: tuple[str, ...], lo: int) -> Places:
-        """Where the rows from `lo` on of some blocks lie: the tensors of each, as `Form.tensors` has them, and 0 for
-        the scales of floats. They are of the layout's dtypes and shapes, and go on to the shard's last row."""
+        """Where the rows from `lo` on of blocks of one kind lie: the tensors of each, as `Form.tensors` has them, and 0
+        for the scales of floats. They are of the layout's dtypes and shapes, and go on to the shard's last row."""
         payload = self._index.artifact.tensors(self.name)
-        located, mapped = self._located(payload, keys), payload.mapped()
-        base = mapped.data_ptr() + payload.start
-        absent = () if self._index.codec.packed else (0,)
-        return Places([(*[base + at + lo * row for at, row in parts], *absent) for parts in located], mapped)
+        (begin, row), mapped = self._located(payload, keys), payload.mapped()
+        addresses = begin + row * lo
+        addresses += mapped.data_ptr() + payload.start
+        if not self._index.codec.packed:
+            addresses[:, -1] = 0
+        return Places(addresses, mapped)
 
-    def _located(self, payload: Payload, keys: tuple[str, ...]) -> list[list[tuple[int, int]]]:
-        """Of each block where its tensors begin and the bytes of a row of each; checked once for all shards that have
-        as many rows, whose headers are equal."""
+    def _located(self, payload: Payload, keys: tuple[str, ...]) -> np.ndarray:
+        """Of each block where its tensors begin, and the bytes of a row of each, [2, blocks, tensors]; checked once for
+        all shards that have as many rows, whose headers are equal."""
+        import numpy as np
+
         index, size = self._index, len(self)
-        header, num_rows, located = index.located.get(keys, (None, 0, []))
-        if header is payload.header and num_rows == size:
+        header, num_rows, located = index.located.get(keys, (None, 0, None))
+        if located is not None and header is payload.header and num_rows == size:
             return located
-        located = []
+        absent, found = [] if index.codec.packed else [(0, 0)], []
         for key in keys:
             tensors = index.layout.blocks[key]
             for name, (dtype, tail) in tensors.items():
                 self._demand(payload, name, (dtype, (size, *tail)))
             entries = [payload.header.entries[name] for name in tensors]
-            located.append([(entry.lo, entry.row) for entry in entries])
+            found.append([*((entry.lo, entry.row) for entry in entries), *absent])
+        located = np.array(found, np.int64).transpose(2, 0, 1)
         index.located[keys] = payload.header, size, located
         return located
 
@@ -202,7 +208,7 @@ class Index:
         self.widths: dict[str, int] = self.layout.widths
         self.factors: dict[str, Factors | None] = self.layout.factors
         self.forms: dict[str, Form] = self.layout.forms
-        self.located: dict[tuple[str, ...], tuple[Header, int, list[list[tuple[int, int]]]]] = {}  # see Shard.places
+        self.located: dict[tuple[str, ...], tuple[Header, int, np.ndarray]] = {}  # see Shard.places
         self.keys: list[str] = list(self.widths)
         self.dtype: str = self.codec.bits
         if gap := first_gap(artifact.records):

@@ -285,20 +285,26 @@ def _check(index: RowSource, queries: Queries, normalize: str, self_influence: T
         raise SpecError(f"normalize {normalize}: relatif needs the rows' self-influence, the others take none")
     if self_influence is not None:
         _check_self_influence(index, self_influence)
-    if odd := sorted(queries.keys() ^ index.widths.keys()):
+    if queries.keys() != index.widths.keys():
+        odd = sorted(queries.keys() ^ index.widths.keys())
         raise MismatchError(f"queries: blocks do not match the index; only one of the two has {', '.join(odd)}")
-    counts = {q.shape[0] for q in queries.values()}  # a tenth of the time of len
+    shapes = [q.shape for q in queries.values()]  # looked at once: there are hundreds
+    counts = {shape[0] for shape in shapes}
     if len(counts) != 1 or 0 in counts:
         raise DataError(f"queries: expected the same number, at least one, in every block, got {sorted(counts)}")
-    for key, q in queries.items():
-        if q.shape[1:] != (index.widths[key],):
-            raise MismatchError(f"queries: block {key!r}: expected width {index.widths[key]}, got {list(q.shape[1:])}")
-    _demand_finite(queries)
-    return counts.pop()
+    count = counts.pop()
+    if shapes != [(count, index.widths[key]) for key in queries]:
+        for key, shape in zip(queries, shapes, strict=True):
+            if shape[1:] != (index.widths[key],):
+                raise MismatchError(
+                    f"queries: block {key!r}: expected width {index.widths[key]}, got {list(shape[1:])}"
+                )
+    _demand_finite(queries, count * sum(index.widths.values()))
+    return count
 
 
-def _demand_finite(queries: Queries) -> None:
-    few = sum(q.numel() for q in queries.values()) <= JOINED and len({q.device for q in queries.values()}) == 1
+def _demand_finite(queries: Queries, numbers: int) -> None:
+    few = numbers <= JOINED and len({q.device for q in queries.values()}) == 1
     if few and isfinite(float(torch.cat(list(queries.values()), dim=1).sum())):
         return
     for key, q in queries.items():

@@ -16,14 +16,26 @@ Not here: the loops (tiles.py, and signs.py for one query of signs), whose rows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .codec import PER_BYTE
-from .compiled import LANES, TILE_BLOCK, TILE_FEW, TILE_LINE, TILE_PIECES, TILE_STAGED, TILE_STEP, in_parts, loop
+from .compiled import (
+    LANES,
+    TILE_BLOCK,
+    TILE_FEW,
+    TILE_LINE,
+    TILE_PIECES,
+    TILE_STAGED,
+    TILE_STEP,
+    in_parts,
+    loop,
+    readable,
+)
 
 WIDE = 1 << 19  # bytes of sums on their way: rows are taken so many at a time
 GROUPS = 8  # of sixteen queries that are taken at a time, whose tiles then stay in cache
@@ -46,24 +58,16 @@ class DenseProgram:
     @staticmethod
     def of(keys: Sequence[str], queries: Sequence[Float[Tensor, "Q _"]], bits: str) -> "DenseProgram":
         """The queries [Q, K] of each block; at least one block."""
-        given = [q.detach().to("cpu", torch.float32).contiguous() for q in queries]
-        tiles, columns, groups = _shape(len(given[0]), bits)
-        table = np.zeros((len(given), TILE_LINE), np.int64)
-        widths = table[:, 7] = np.array([q.shape[1] for q in given])
+        given = readable(queries)
+        tiles, columns, _ = _shape(len(given[0]), bits)
+        table, sizes = _plan(tuple([q.shape[1] for q in given]), len(given[0]), bits)
+        held, table = [torch.zeros(size, dtype=torch.uint8) for size in sizes], table.copy()
         table[:, 0] = [q.data_ptr() for q in given]
-        table[:, 2] = 2 * widths if bits == "bfloat16" else -(-widths // PER_BYTE[bits])
-        table[:, 3] = _steps(widths, bits)
-        weights = groups * tiles * columns * 8
-        sizes = (4, weights * 8 * table[:, 3]), (5, weights), (6, groups * columns * 8)  # a tile is 16 rows of 4 bytes
-        held = []
-        for column, size in sizes:
-            ends = np.cumsum(np.broadcast_to(size, len(given)))
-            held.append(torch.zeros(int(ends[-1]), dtype=torch.uint8))
-            table[:, column] = held[-1].data_ptr() + ends - size
+        table[:, 4:7] += [x.data_ptr() for x in held]
         loop("lay", bits, tiles, columns)(table.ctypes.data, len(table), len(given[0]))
         return DenseProgram(tuple(keys), bits, len(given[0]), table, tuple(held))
 
-    def add(self, scores: Float[Tensor, "Q n"], places: Sequence[tuple[int, ...]]) -> None:
+    def add(self, scores: Float[Tensor, "Q n"], places: Int64[np.ndarray, "blocks 2"]) -> None:
         """scores += <query, row> of the n rows that lie, block by block, from `places` on."""
         n, table = scores.shape[1], self.table.copy()
         table[:, :2] = places
@@ -97,6 +101,22 @@ class DenseProgram:
         size = -(-steps * TILE_STEP[self.bits] // 64) * 64
         copied = np.minimum(n, 3 * block + 64 // stride) + block
         return torch.empty(64 + 8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
+
+
+@lru_cache(maxsize=16)  # an index is asked many times
+def _plan(widths: tuple[int, ...], num_queries: int, bits: str) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The table of blocks of such widths but for addresses, with where in each of three buffers in place of theirs; and
+    the bytes of these."""
+    tiles, columns, groups = _shape(num_queries, bits)
+    table = np.zeros((len(widths), TILE_LINE), np.int64)
+    width = table[:, 7] = np.array(widths)
+    table[:, 2] = 2 * width if bits == "bfloat16" else -(-width // PER_BYTE[bits])
+    table[:, 3] = _steps(width, bits)
+    weights = groups * tiles * columns * 8
+    sizes = weights * 8 * table[:, 3], weights + 0 * width, groups * columns * 8 + 0 * width  # a tile: 16 x 4 bytes
+    ends = np.cumsum(sizes, 1)
+    table[:, 4:7] = (ends - sizes).T
+    return table, tuple(ends[:, -1].tolist())
 
 
 def _shape(num_queries: int, bits: str) -> tuple[int, int, int]:

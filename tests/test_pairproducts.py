@@ -94,7 +94,7 @@ def test_scores_are_the_same_without_llvmlite(bits, loops, num_queries, query_ra
         sums.close()
         expected = exact(row, asking.whole.unflatten(1, factors))
         torch.testing.assert_close(scores, expected, rtol=0, atol=3e-6 * float(expected.square().mean().sqrt()))
-    kernel, _ = asking._cheapest(2, *factors, loops=kernels._loops(factors))
+    kernel, _ = kernels._cheapest(num_queries, query_rank, 2, *factors, loops=kernels._loops(factors))
     assert loops or kernel != "loop"
     assert kernel != "loop" or query_rank is None
 

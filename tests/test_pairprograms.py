@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,15 +37,15 @@ def asked(n: int, factors: tuple[int, int], seed: int = 7) -> torch.Tensor:
     return torch.randn(n, factors[0] * factors[1], generator=torch.Generator().manual_seed(seed))
 
 
-def place(row: LowRank | PackedPairs) -> tuple[int, int, int]:
-    scale = row.scale.data_ptr() if isinstance(row, PackedPairs) else 0
-    return row.v.data_ptr(), row.u.data_ptr(), scale
+def places(*rows: LowRank | PackedPairs) -> np.ndarray:
+    scales = [row.scale.data_ptr() if isinstance(row, PackedPairs) else 0 for row in rows]
+    return np.array([(row.v.data_ptr(), row.u.data_ptr(), at) for row, at in zip(rows, scales, strict=True)])
 
 
 def added(row: LowRank | PackedPairs, q: torch.Tensor, bits: str) -> torch.Tensor:
     factors = (row.v.shape[2], row.u.shape[2]) if isinstance(row, LowRank) else row.factors
     scores = torch.zeros(len(q), len(row), dtype=torch.float64)
-    PairProgram.of(["k"], [q], [factors], rank=row.u.shape[1], bits=bits).add(scores, [place(row)])
+    PairProgram.of(["k"], [q], [factors], rank=row.u.shape[1], bits=bits).add(scores, places(row))
     return scores
 
 
@@ -114,7 +115,7 @@ def test_blocks_of_several_shapes_add_up(bits):
     queries = [asked(2, shape, seed=20 + i) for i, shape in enumerate(shapes)]
     program = PairProgram.of([str(i) for i in range(4)], queries, shapes, rank=2, bits=bits)
     scores = torch.ones(2, 70, dtype=torch.float64)
-    program.add(scores, [place(row) for row in rows])
+    program.add(scores, places(*rows))
     expected = 1 + sum(exact(row, q) for row, q in zip(rows, queries, strict=True))
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-6 * float(expected.std()))
 
@@ -138,7 +139,7 @@ def test_nothing_is_read_beyond_the_last_row(bits, factors):
         addresses.append(start + size - len(data))
     scores = torch.zeros(1, 49, dtype=torch.float64)
     program = PairProgram.of(["k"], [q], [factors], rank=1, bits=bits)
-    program.add(scores, [(*addresses, 0)[:3]])
+    program.add(scores, np.array([(*addresses, 0)[:3]]))
     assert torch.equal(scores, added(row, q, bits))
 
 
@@ -192,12 +193,12 @@ def test_tiles_are_left_to_others_as_they_were():
 
 def test_a_process_that_has_not_asked_for_tiles_does():
     script = """
-import torch
+import numpy as np, torch
 from influent.pairprograms import PairProgram
 u = torch.ones(4, 1, 8, dtype=torch.bfloat16)
 scores = torch.zeros(1, 4, dtype=torch.float64)
 program = PairProgram.of(["k"], [torch.ones(1, 64)], [(8, 8)], rank=1, bits="bfloat16")
-program.add(scores, [(u.data_ptr(), u.data_ptr(), 0)])
+program.add(scores, np.array([(u.data_ptr(), u.data_ptr(), 0)]))
 assert scores.tolist() == [[64.0] * 4]
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from small_index import random_rows, write_index
 
-from influent import compiled, kernels, programs
+from influent import asking, compiled, kernels, programs
 from influent import score as score_module
 from influent.asking import ask
 from influent.codec import Codec, Form
 from influent.coding import decode
 from influent.errors import CorruptError, MismatchError, NumericsError
 from influent.gradients import Flat
+from influent.kernels import by_tiles
 from influent.payload import encode
 from influent.reduce import Full
 from influent.rowstore import Index, Shard
@@ -37,9 +38,9 @@ class Plain:
         self.calls.append(n)
         for key, q, form, addresses in zip(self.keys, self.queries, self.forms, places, strict=True):
             tensors, names = {}, form.tensors(key)
-            for (name, (dtype, tail)), address in zip(names.items(), addresses, strict=False):
+            for (name, (dtype, tail)), address in zip(names.items(), addresses.tolist(), strict=False):
                 tensors[name] = read(address, dtype, (n, *tail))
-            assert addresses[len(names) :] == (() if form.packed else (0,))
+            assert addresses[len(names) :].tolist() == ([] if form.packed else [0])
             codec = Codec(form.rank or None, form.bits)
             rows = decode(codec, tensors, key, form.width, form.factors).to(torch.float64).flat()
             scores += q.double() @ rows.T
@@ -61,8 +62,8 @@ def made(monkeypatch):
         found.append(Plain(keys, queries, forms))
         return found[-1]
 
-    monkeypatch.setattr(programs, "_program", program)
-    monkeypatch.setattr(kernels.BlockQueries, "by_tiles", lambda self, form: form.bits in kernels.TILED)
+    monkeypatch.setattr(programs, "program_of", program)
+    monkeypatch.setattr(asking, "by_tiles", lambda form, num_queries, query_rank: form.bits in kernels.TILED)
     return found
 
 
@@ -195,7 +196,7 @@ def test_a_row_that_is_not_finite_is_blamed(tmp_path, made):
 def test_queries_are_cut_for_programs_as_for_blocks(tmp_path, made, monkeypatch):
     index, queries = written(tmp_path / "index", "rank:2"), asked()
     got, energy = all_scores(index, queries, query_rank=1), query_energy(index, queries, 1)
-    monkeypatch.setattr(kernels.BlockQueries, "by_tiles", lambda self, form: False)
+    monkeypatch.setattr(asking, "by_tiles", lambda form, num_queries, query_rank: False)
     torch.testing.assert_close(got, all_scores(index, queries, query_rank=1), rtol=1e-5, atol=1e-5)
     assert bool((energy < 1).all())
 
@@ -215,15 +216,13 @@ def test_the_programs_of_this_machine_score_the_rows(tmp_path, monkeypatch, code
 def test_programs_take_few_queries_and_what_no_cut_makes_cheaper(monkeypatch):
     monkeypatch.setattr(compiled, "tiles_usable", lambda: True)
     dense, packed, pair = Form("bfloat16", 4096), Form("int4", 4096), Form("bfloat16", 4096, (64, 64), 1)
-    few, many = (kernels.prepare(torch.randn(n, 4096), (64, 64), None) for n in (1, 300))
-    assert [few.by_tiles(form) for form in (dense, packed, pair)] == [True, True, True]
-    assert [many.by_tiles(form) for form in (dense, packed, pair)] == [False, True, True]
-    assert few.by_tiles(Form("bfloat16", 4096, (64, 64), 8)) and not many.by_tiles(Form("bfloat16", 4096, (64, 64), 8))
-    assert not few.by_tiles(Form("float32", 4096))
-    best, good = (kernels.prepare(torch.randn(1, 4096), (64, 64), rank) for rank in (1, 31))
-    assert not best.by_tiles(pair) and good.by_tiles(pair)
+    pairs = Form("bfloat16", 4096, (64, 64), 8)
+    assert [by_tiles(form, 1, None) for form in (dense, packed, pair, pairs)] == [True, True, True, True]
+    assert [by_tiles(form, 300, None) for form in (dense, packed, pair, pairs)] == [False, True, True, False]
+    assert not by_tiles(Form("float32", 4096), 1, None)
+    assert [by_tiles(pair, 1, rank) for rank in (1, 31, 32)] == [False, True, True]
     monkeypatch.setattr(compiled, "tiles_usable", lambda: False)
-    assert not few.by_tiles(pair)
+    assert not by_tiles(pair, 1, None)
 
 
 @pytest.mark.parametrize("bits", ["float32", "float16"])

@@ -4,7 +4,9 @@ import ctypes
 import logging
 import mmap
 import threading
+from copy import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,9 +30,14 @@ class Stored:
         self.numbers = decode(codec, tensors, "k", x.shape[1], None).flat().double()
         self.unscaled = self.numbers / (1.0 if self.scale is None else self.scale.double()[:, None])
 
-    def place(self, lo: int = 0) -> tuple[int, int]:
-        stride = self.codes.stride(0) * self.codes.element_size()
-        return self.codes.data_ptr() + lo * stride, 0 if self.scale is None else self.scale.data_ptr() + 2 * lo
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), 0 if self.scale is None else self.scale.data_ptr()
+
+    def part(self, lo: int, hi: int | None) -> "Stored":
+        part = copy(self)
+        part.codes, part.scale = self.codes[lo:hi], None if self.scale is None else self.scale[lo:hi]
+        return part
 
     def exact(self, q: torch.Tensor) -> torch.Tensor:
         return q.double() @ self.numbers.T
@@ -41,9 +48,14 @@ def stored(bits: str, n: int, width: int, *, seed: int = 0) -> Stored:
 
 
 def added(q: torch.Tensor, row: Stored, lo: int = 0, hi: int | None = None) -> torch.Tensor:
-    scores = torch.zeros(len(q), (len(row.codes) if hi is None else hi) - lo, dtype=torch.float64)
-    DenseProgram.of(("k",), [q], row.bits).add(scores, [row.place(lo)])
+    part = row.part(lo, hi)
+    scores = torch.zeros(len(q), len(part.codes), dtype=torch.float64)
+    DenseProgram.of(("k",), [q], row.bits).add(scores, places(part))
     return scores
+
+
+def places(*rows: Stored) -> np.ndarray:
+    return np.array([row.place for row in rows])
 
 
 def error(q: torch.Tensor, row: Stored, got: torch.Tensor) -> float:
@@ -97,13 +109,13 @@ def test_one_call_scores_all_blocks(bits):
         assert program.keys == tuple("0123456")
         before = torch.randn(num_queries, 41, dtype=torch.float64)
         scores = before.clone()
-        program.add(scores, [row.place() for row in rows])
+        program.add(scores, places(*rows))
         exact = sum(row.exact(q) for row, q in zip(rows, queries, strict=True))
         torch.testing.assert_close(scores - before, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
         spread = torch.zeros(41, num_queries, dtype=torch.float64).T  # scores that lie otherwise, and no rows
-        program.add(spread, [row.place() for row in rows])
+        program.add(spread, places(*rows))
         torch.testing.assert_close(spread, scores - before, rtol=0, atol=1e-9 * float(exact.abs().max()))
-        program.add(torch.zeros(num_queries, 0, dtype=torch.float64), [row.place() for row in rows])
+        program.add(torch.zeros(num_queries, 0, dtype=torch.float64), places(*rows))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -121,7 +133,7 @@ def test_nothing_is_read_beyond_the_last_row(bits):
             ctypes.memmove(end - size, row.codes.data_ptr(), size)
             for num_queries in (1, 6):
                 q, scores = asked(num_queries, width), torch.zeros(num_queries, n, dtype=torch.float64)
-                DenseProgram.of(("k",), [q], bits).add(scores, [(end - size, row.place()[1])])
+                DenseProgram.of(("k",), [q], bits).add(scores, np.array([(end - size, row.place[1])]))
                 assert torch.equal(scores, added(q, row))
     assert libc.mprotect(ctypes.c_void_p(start + 63 * page), ctypes.c_size_t(page), 3) == 0
 
@@ -165,15 +177,6 @@ def test_others_use_the_tiles_in_between(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_many_rows_are_shared_among_threads(bits, monkeypatch):
-    row, q = stored(bits, 70, 130), asked(3, 130)
-    whole = added(q, row)
-    monkeypatch.setattr(tileproducts, "LEAST", 20)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert torch.equal(added(q, row), whole)
-
-
-@pytest.mark.parametrize("bits", BITS)
 def test_threads_have_their_own_tiles(bits):
     row = stored(bits, 200, 1001)
     program, q = DenseProgram.of(("k",), [asked(2, 1001)], bits), asked(2, 1001)
@@ -182,7 +185,7 @@ def test_threads_have_their_own_tiles(bits):
     def work(name: int) -> None:
         for _ in range(20):
             scores = torch.zeros(2, 200, dtype=torch.float64)
-            program.add(scores, [row.place()])
+            program.add(scores, places(row))
             found.setdefault(name, []).append(torch.equal(scores, want))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
@@ -194,8 +197,8 @@ def test_threads_have_their_own_tiles(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_threads_add_in_inference_mode_and_take_any_queries(bits, monkeypatch):
-    row, q = stored(bits, 200, 90), asked(3, 90)
+def test_rows_are_shared_among_threads_in_inference_mode_and_any_queries_taken(bits, monkeypatch):
+    row, q = stored(bits, 200, 130), asked(3, 130)
     whole = added(q, row)
     monkeypatch.setattr(tileproducts, "LEAST", 20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
