@@ -29,9 +29,10 @@ STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 PAIRS = 4  # pairs side by side, which share what is loaded of X
 TILE_STEP = {"bfloat16": 64, "int8": 64, "int4": 32, "sign": 8}  # bytes of a row that a left tile has
-TILE_BLOCK = {1: 16, 3: 32}  # rows at a time, for so many right tiles a step
-TILE_PIECE = {1: 128, 3: 16}  # steps of a row that are summed before they are weighed: the sums of bfloat16 are float32
-TILE_STAGED = {1: 8, 3: 32}  # left tiles that wait, in cache
+TILE_BLOCK = 32  # rows at a time: two left tiles, which meet a right one before it is let go
+TILE_RING = 16  # left tiles that wait, in cache
+TILE_SPAN = {1: 512, 3: 64}  # steps of a row that meet all rows before the next, for so many right tiles a step
+TILE_PIECE = {"bfloat16": 32, "int8": 512, "int4": 512, "sign": 512}  # steps that are summed before they are weighed
 TILE_LINE = 8  # numbers of a line of their tables
 TILE_PIECES = 3  # of a query's number, in columns side by side if there are few queries, else in a tile each
 TILE_FEW = {4: 1, 8: 2, 16: 5}  # the columns that a right tile has, and for how many queries' pieces they do
@@ -43,8 +44,8 @@ _LOOPS = {
     "between": ("loops", "pnpnnpnnnpnp"),
     "unpack": ("loops", "pnnnp"),
     "dense": ("tiles", "pnnnnnnpp"),
-    "signs": ("signs", "pnnnnnnpp"),
     "lay": ("tilequeries", "pnn"),
+    "fold": ("tilescores", "pnnpn"),
     "pairs": ("pairtiles", "pnnpnp"),
     "pieces": ("pairtiles", "pnn"),
 }
@@ -88,7 +89,7 @@ def tiles_usable() -> bool:
     if not all(binding.get_host_cpu_features().get(feature) for feature in _TILES):
         return False
     try:
-        for name, options in (("pairs", ("bfloat16",)), ("dense", ("sign", 3, 16)), ("signs", ())):
+        for name, options in (("pairs", ("bfloat16",)), ("dense", ("sign", 3, 16)), ("fold", (1, 4))):
             binding.parse_assembly(_written(name, *options)).verify()  # that LLVM has the instructions by these names
     except RuntimeError as e:
         log.warning("this llvmlite does not know the loops with matrix tiles, which are done without: %s", e)

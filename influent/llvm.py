@@ -81,13 +81,22 @@ def total(b: Value, parts: Sequence[Value]) -> Value:
     parts = list(parts)
     while len(parts) > 1:
         parts = [b.fadd(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
-    x, lanes = parts[0], LANES
+    return b.fpext(over(b, parts[0], b.fadd), F64)
+
+
+def over(b: Value, x: Value, both: Callable[[Value, Value], Value]) -> Value:
+    """All lanes together: halves with halves."""
+    lanes = x.type.count
     while lanes > 1:
         lanes //= 2
         halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(lo, lo + lanes))) for lo in (0, lanes)]
-        low, high = (b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves)
-        x = b.fadd(low, high)
-    return b.fpext(b.extract_element(x, ir.Constant(I32, 0)), F64)
+        x = both(*(b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves))
+    return b.extract_element(x, ir.Constant(I32, 0))
+
+
+def least(b: Value, x: Value, y: Value) -> Value:
+    """The lesser of two integers."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def declared(b: Value, name: str, result: Value, kinds: Sequence[Value]) -> Value:

@@ -11,7 +11,7 @@ bfloat16 row, whose float32 sums have chains of 32 products in a step and of up 
 on nothing but the number of queries: a row scores the same to the bit in any company. Products below 2^-126, of queries
 brought to between 1 and 2, count as zero, and those above 2^128 are infinite.
 
-Not here: the loops (tiles.py, and signs.py for one query of signs), whose rows lie where.
+Not here: the loops (tiles.py, tilescores.py), whose rows lie where.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from .compiled import (
     TILE_FEW,
     TILE_LINE,
     TILE_PIECES,
-    TILE_STAGED,
+    TILE_RING,
     TILE_STEP,
     in_parts,
     loop,
@@ -54,60 +54,55 @@ class DenseProgram:
     num_queries: int
     table: np.ndarray  # [blocks, TILE_LINE] int64: tiles.py says what
     held: tuple[Tensor, ...]  # what the table has addresses of
+    space: int  # bytes that a thread's loop needs
 
     @staticmethod
     def of(keys: Sequence[str], queries: Sequence[Float[Tensor, "Q _"]], bits: str) -> "DenseProgram":
         """The queries [Q, K] of each block; at least one block."""
         given = readable(queries)
-        tiles, columns, _ = _shape(len(given[0]), bits)
-        table, sizes = _plan(tuple([q.shape[1] for q in given]), len(given[0]), bits)
+        tiles, columns, _ = _shape(len(given[0]))
+        table, sizes, space = _plan(tuple([q.shape[1] for q in given]), len(given[0]), bits)
         held, table = [torch.zeros(size, dtype=torch.uint8) for size in sizes], table.copy()
         table[:, 0] = [q.data_ptr() for q in given]
         table[:, 4:7] += [x.data_ptr() for x in held]
         loop("lay", bits, tiles, columns)(table.ctypes.data, len(table), len(given[0]))
-        return DenseProgram(tuple(keys), bits, len(given[0]), table, tuple(held))
+        return DenseProgram(tuple(keys), bits, len(given[0]), table, tuple(held), space)
 
     def add(self, scores: Float[Tensor, "Q n"], places: Int64[np.ndarray, "blocks 2"]) -> None:
         """scores += <query, row> of the n rows that lie, block by block, from `places` on."""
         n, table = scores.shape[1], self.table.copy()
         table[:, :2] = places
-        in_parts(n, LEAST, lambda lo, hi: self._add(scores[:, lo:hi], table, lo, n))
+        into = scores if n == 1 or scores.stride(1) == 1 else torch.zeros(scores.shape, dtype=torch.float64)
+        start, apart = into.data_ptr(), into.stride(0)
+        in_parts(n, LEAST, lambda lo, hi: self._add((start, apart), table, lo, hi, n))
+        if into is not scores:
+            scores += into
 
-    def _add(self, scores: Float[Tensor, "Q m"], table: np.ndarray, first: int, there: int) -> None:
-        """The scores of rows from `first` on, of `there` rows."""
-        n, (tiles, columns, num_groups) = scores.shape[1], _shape(self.num_queries, self.bits)
-        run = loop("signs") if columns == 1 else loop("dense", self.bits, tiles, columns)
-        space = self._space(n)
+    def _add(self, scores: tuple[int, int], table: np.ndarray, first: int, end: int, there: int) -> None:
+        """The scores of rows first to end, of `there` rows: where they lie, and how far apart those of each query."""
+        tiles, columns, num_groups = _shape(self.num_queries)
+        run, fold = loop("dense", self.bits, tiles, columns), loop("fold", tiles, columns)
+        most = WIDE // (8 * columns)  # rows at a time, of one group
+        space = np.empty(self.space, np.uint8)
+        held = np.empty((min(most, (end - first) * num_groups) + LANES) * columns)  # whole vectors are written
         for group in range(0, num_groups, GROUPS):
             groups = min(GROUPS, num_groups - group)
-            step = WIDE // (8 * columns * groups)
-            into = scores if tiles == 1 else scores[group * columns : (group + groups) * columns]
-            for lo in range(0, n, step):
-                m = min(step, n - lo)
-                held = np.zeros((groups * m + LANES, columns))  # whole vectors are written
+            queries = min(self.num_queries - group * columns, groups * columns)
+            step = most // groups
+            for lo in range(first, end, step):
+                m = min(step, end - lo)
                 run(
-                    table.ctypes.data, len(table), first + lo, m, there, group, groups, held.ctypes.data,
-                    -(-space.data_ptr() // 64) * 64,
+                    table.ctypes.data, len(table), lo, m, there, group, groups, held.ctypes.data,
+                    -(-space.ctypes.data // 64) * 64,
                 )  # fmt: skip
-                wide = held[: groups * m].reshape(groups, m, columns)
-                # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
-                into.numpy()[:, lo : lo + m] += _folded(wide, len(into), tiles)
-
-    def _space(self, n: int) -> Tensor:
-        """Accumulators, unpacked codes, and the rows that are copied: those of two groups, and what a left tile is
-        wider than narrow rows."""
-        tiles = _shape(self.num_queries, self.bits)[0]
-        stride, steps, block = self.table[:, 2], self.table[:, 3], TILE_BLOCK[tiles]
-        size = -(-steps * TILE_STEP[self.bits] // 64) * 64
-        copied = np.minimum(n, 3 * block + 64 // stride) + block
-        return torch.empty(64 + 8 * TILE + TILE_STAGED[tiles] * TILE + int((copied * size).max()), dtype=torch.uint8)
+                fold(held.ctypes.data, m, queries, scores[0] + 8 * (group * columns * scores[1] + lo), scores[1])
 
 
 @lru_cache(maxsize=16)  # an index is asked many times
-def _plan(widths: tuple[int, ...], num_queries: int, bits: str) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The table of blocks of such widths but for addresses, with where in each of three buffers in place of theirs; and
-    the bytes of these."""
-    tiles, columns, groups = _shape(num_queries, bits)
+def _plan(widths: tuple[int, ...], num_queries: int, bits: str) -> tuple[np.ndarray, tuple[int, ...], int]:
+    """The table of blocks of such widths but for addresses, with where in each of three buffers in place of theirs; the
+    bytes of these; and those of a thread's space."""
+    tiles, columns, groups = _shape(num_queries)
     table = np.zeros((len(widths), TILE_LINE), np.int64)
     width = table[:, 7] = np.array(widths)
     table[:, 2] = 2 * width if bits == "bfloat16" else -(-width // PER_BYTE[bits])
@@ -116,14 +111,19 @@ def _plan(widths: tuple[int, ...], num_queries: int, bits: str) -> tuple[np.ndar
     sizes = weights * 8 * table[:, 3], weights + 0 * width, groups * columns * 8 + 0 * width  # a tile: 16 x 4 bytes
     ends = np.cumsum(sizes, 1)
     table[:, 4:7] = (ends - sizes).T
-    return table, tuple(ends[:, -1].tolist())
+    return table, tuple(ends[:, -1].tolist()), _space(table, bits)
 
 
-def _shape(num_queries: int, bits: str) -> tuple[int, int, int]:
-    """Right tiles of a step, one for all pieces or one for each; their columns; and groups of queries. One query of
-    signs is not multiplied by tiles (signs.py)."""
-    if bits == "sign" and num_queries == 1:
-        return TILE_PIECES, 1, 1
+def _space(table: np.ndarray, bits: str) -> int:
+    """Bytes for accumulators, unpacked codes, and the rows that are copied: those of three blocks, and what a left tile
+    is wider than narrow rows."""
+    stride, steps = np.maximum(table[:, 2], 1), table[:, 3]
+    copied = 4 * TILE_BLOCK + 64 // stride
+    return 64 + (8 + TILE_RING) * TILE + int((copied * -(-steps * TILE_STEP[bits] // 64) * 64).max())
+
+
+def _shape(num_queries: int) -> tuple[int, int, int]:
+    """Right tiles of a step, one for all pieces or one for each; their columns; and groups of queries."""
     for columns, few in TILE_FEW.items():
         if num_queries <= few:
             return 1, columns, 1

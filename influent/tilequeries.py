@@ -6,13 +6,12 @@ tileproducts.py speaks of. This module needs llvmlite, so nothing but compiled.p
 rows (tiles.py).
 """
 
-from collections.abc import Callable  # noqa: I001
-
-from llvmlite import ir  # pyright: ignore[reportMissingImports]
+from llvmlite import ir  # noqa: I001  # pyright: ignore[reportMissingImports]
 
 from .compiled import TILE_BASE, TILE_FEW, TILE_LINE, TILE_PIECES
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, declared, finished, function, integer, loop, pointer, repeat, spread,
+    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, declared, finished, function, integer, loop, over, pointer, repeat,
+    spread,
 )  # fmt: skip
 
 WORTH = {"bfloat16": 1.0, "int8": 1.0, "int4": 1 / 16, "sign": -2.0}  # of a product with the bytes in a left tile
@@ -89,8 +88,8 @@ def _largest(b: Value, fn: Value, q: Value, width: Value) -> tuple[Value, Value]
 
     state = [integer(0), ir.Constant(sizes, [0] * MANY), ir.Constant(sums, [0.0] * MANY)]
     _, most, total = repeat(b, fn, b.sdiv(b.add(width, integer(MANY - 1)), integer(MANY)), state, body)
-    most = _over(b, most, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
-    return b.fpext(b.bitcast(most, F32), F64), _over(b, total, b.fadd)
+    most = over(b, most, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
+    return b.fpext(b.bitcast(most, F32), F64), over(b, total, b.fadd)
 
 
 def _scale(b: Value, bits: str, largest: Value) -> tuple[Value, Value]:
@@ -136,16 +135,6 @@ def _masked(b: Value, q: Value, start: Value, end: Value, count: int) -> Value:
     mask = b.icmp_signed("<", ir.Constant(lanes, list(range(count))), spread(b, left, count))
     given = [b.bitcast(b.gep(q, [start]), pointer(kind)), ir.Constant(I32, 4), mask, ir.Constant(kind, [0.0] * count)]
     return b.call(declared(b, f"llvm.masked.load.v{count}f32.p0", kind, [x.type for x in given]), given)
-
-
-def _over(b: Value, x: Value, both: Callable[[Value, Value], Value]) -> Value:
-    """All lanes together: halves with halves."""
-    lanes = x.type.count
-    while lanes > 1:
-        lanes //= 2
-        halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(lo, lo + lanes))) for lo in (0, lanes)]
-        x = both(*(b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for half in halves))
-    return b.extract_element(x, ir.Constant(I32, 0))
 
 
 def _many(of: Value, bits: str) -> Value:

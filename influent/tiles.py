@@ -10,18 +10,21 @@ not finite makes the one before it NaN, too. Nothing is read beyond the last row
 This module needs llvmlite, so nothing but compiled.py imports it. Not here: what the tiles hold (tileproducts.py).
 """
 
-from collections.abc import Callable  # noqa: I001
+import itertools  # noqa: I001
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_STAGED, TILE_STEP
+from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_RING, TILE_SPAN, TILE_STEP
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, loop, pointer,
-    repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
+    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, least, loop,
+    pointer, repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
 )  # fmt: skip
 
 TILE = TILE_ROWS * TILE_BYTES
+HALVES = TILE_BLOCK // TILE_ROWS
+RING = TILE_RING * TILE
 SUMS = 8 * TILE  # bytes of the space for accumulators; staged left tiles follow, then the rows that are copied
 AHEAD = 1 << 14  # bytes, or a block's if those are more, that memory is asked for before they are read
 BYTES = ir.VectorType(I8, TILE_BYTES)
@@ -54,21 +57,26 @@ class _Loop:
     groups: Value
     apart: Value  # numbers from group to group in `wide`
     space: Value
+    new: Value  # whether what `wide` has is of no worth: no block was added yet
 
     @property
-    def block(self) -> int:
-        """Rows at a time: with several right tiles two left ones, which each meets before it is let go."""
-        return TILE_BLOCK[self.tiles]
+    def planes(self) -> int:
+        """Steps that are staged of the same bytes: of int4 the low halves and the high ones."""
+        return 2 if self.bits == "int4" else 1
 
     @property
-    def chains(self) -> int:
-        """Sums of each tile that are under way at a time: a product waits for the one before it of its own."""
-        return 4 if self.tiles == 1 else 1
+    def slot(self) -> int:
+        """Bytes of what is staged at a time."""
+        return self.planes * HALVES * TILE
+
+    @property
+    def ahead(self) -> int:
+        """Slots that are staged before they are multiplied: what was just stored cannot be loaded as tiles yet."""
+        return RING // self.slot - (3 if self.planes == 1 else 1)
 
     @property
     def lefts(self) -> tuple[int, ...]:
-        """The tiles that rows are loaded to; the right one follows each."""
-        return (4, 6) if self.tiles == 1 else (6,)
+        return _lefts(self.tiles)
 
     @property
     def width(self) -> int:
@@ -79,9 +87,35 @@ class _Loop:
     def right(self) -> int:
         return TILE_ROWS * self.width
 
+    @property
+    def ring(self) -> Value:
+        """Where left tiles are staged."""
+        return self.b.gep(self.space, [integer(SUMS)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is staged in one pass over the rows: some columns of each block, once for each group."""
+
+    stride: Value
+    thrice: Value
+    size: Value  # bytes from block to block
+    columns: Value
+    last: Value  # block
+
+
+@dataclass(frozen=True, slots=True)
+class _Into:
+    """What the sums of a block are for: a group, the block's first row, how many it has, and whether a row begins."""
+
+    group: Value
+    first: Value
+    count: Value
+    begins: Value
+
 
 def dense(bits: str, tiles: int, columns: int) -> str:
-    """The module of a function that adds the weighted sums of `rows` rows from `first` on to `wide`.
+    """The module of a function that writes the weighted sums of `rows` rows from `first` on, of all lines, to `wide`.
 
     (table, lines, first, rows, rows that there are, first group, groups, wide, space): a line of the table has the
     addresses of the rows and of their scales, the bytes of a row, its steps, and the addresses of the right tiles
@@ -90,11 +124,11 @@ def dense(bits: str, tiles: int, columns: int) -> str:
     """
     fn, b = function("dense", [pointer(I64), *[I64] * 6, pointer(F64), pointer(I8)])
     table, lines, first, rows, there, first_group, groups, wide, space = fn.args
-    made = _Loop(b, fn, bits, tiles, columns, groups, b.mul(rows, integer(columns)), space)
-    widths = [TILE_BYTES if tile in made.lefts else made.width for tile in range(8)]
-    copies = b.gep(space, [integer(SUMS + TILE_STAGED[tiles] * TILE)])
-    tiles_begin(b, widths)
+    apart, copies = b.mul(rows, integer(columns)), b.gep(space, [integer(SUMS + RING)])
+    tiles_begin(b, [TILE_BYTES if tile in _lefts(tiles) else 4 * columns for tile in range(8)])
     with loop(b, fn, lines) as number:
+        new = b.icmp_signed("==", number, integer(0))
+        made = _Loop(b, fn, bits, tiles, columns, groups, apart, space, new)
         line = b.gep(table, [b.mul(number, integer(TILE_LINE))])
         codes, scales, stride, steps, *asked = (b.load(b.gep(line, [integer(i)])) for i in range(7))
         codes = b.add(codes, b.mul(first, stride))
@@ -103,7 +137,7 @@ def dense(bits: str, tiles: int, columns: int) -> str:
         asked = [b.add(start, b.mul(first_group, size)) for start, size in zip(asked, sizes, strict=True)]
         right, weights, constant = (b.inttoptr(x, pointer(kind)) for x, kind in zip(asked, (I8, F64, F64), strict=True))
         size = b.mul(steps, integer(TILE_STEP[bits]))
-        safe = safe_rows(b, b.sub(there, first), rows, stride, size, made.block)
+        safe = safe_rows(b, b.sub(there, first), rows, stride, size, TILE_BLOCK)
         rest, held = b.sub(rows, safe), b.and_(b.add(size, integer(TILE_BYTES - 1)), integer(-TILE_BYTES))
         copy_rows(b, fn, b.inttoptr(b.add(codes, b.mul(safe, stride)), pointer(I8)), rest, stride, copies, held)
         with loop(b, fn, integer(2)) as turn:  # the rows where they lie, then those that were copied
@@ -119,6 +153,11 @@ def dense(bits: str, tiles: int, columns: int) -> str:
             )  # fmt: skip
     tiles_end(b)
     return finished(b)
+
+
+def _lefts(tiles: int) -> tuple[int, ...]:
+    """The tiles that the halves of a block are loaded to."""
+    return (4, 6) if tiles == 1 else (6, 6)
 
 
 def safe_rows(b: Value, there: Value, rows: Value, stride: Value, size: Value, block: int) -> Value:
@@ -142,38 +181,56 @@ def copy_rows(b: Value, fn: Value, codes: Value, count: Value, stride: Value, to
 
 
 def _score(made: _Loop, rows: _Rows) -> None:
-    """wide += the rows' sums: piece after piece of a row, block after block of rows, one group after another."""
-    b, fn, piece, block = made.b, made.fn, TILE_PIECE[made.tiles], made.block
-    with (
-        loop(b, fn, b.sdiv(b.add(rows.steps, integer(piece - 1)), integer(piece))) as number,
-        loop(b, fn, b.sdiv(b.add(rows.count, integer(block - 1)), integer(block))) as turn,
-    ):
-        start, first = b.mul(number, integer(piece)), b.mul(turn, integer(block))
-        steps = _least(b, b.sub(rows.steps, start), integer(piece))
-        count = _least(b, b.sub(rows.count, first), integer(block))
-        at = b.add(b.mul(first, rows.stride), b.mul(start, integer(TILE_STEP[made.bits])))
-        left, staged = b.gep(rows.codes, [at]), b.gep(made.space, [integer(SUMS)])
-        if made.tiles > 1:
-            _stage_all(made, left, rows.stride, steps, staged)
-        with loop(b, fn, made.groups) as group:
-            skipped = b.add(b.mul(group, rows.steps), start)
-            right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * made.right))])
-            if made.tiles > 1:
-                _multiply_staged(made, staged, right, steps)
-            else:
-                _multiply(made, left, rows.stride, right, steps, staged)
-            into = b.add(b.mul(group, made.apart), b.mul(first, integer(made.columns)))
-            begins = b.uitofp(b.icmp_signed("==", number, integer(0)), F64)
-            _weigh(made, rows, group, b.gep(rows.wide, [into]), b.gep(rows.scales, [first]), count, begins)
+    """wide += the rows' sums: as many steps of a row as right tiles stay in cache, block after block of rows."""
+    b, fn, span = made.b, made.fn, TILE_SPAN[made.tiles]
+    blocks = b.sdiv(b.add(rows.count, integer(TILE_BLOCK - 1)), integer(TILE_BLOCK))
+    some = b.zext(b.icmp_signed(">", blocks, integer(0)), I64)
+    passes = b.mul(some, b.sdiv(b.add(rows.steps, integer(span - 1)), integer(span)))
+    with loop(b, fn, passes) as number:
+        start = b.mul(number, integer(span))
+        steps = least(b, b.sub(rows.steps, start), integer(span))
+        first = b.gep(rows.codes, [b.mul(start, integer(TILE_STEP[made.bits]))])
+        size = b.mul(rows.stride, integer(TILE_BLOCK))
+        last = b.gep(first, [b.mul(b.sub(blocks, integer(1)), size)])
+        source = _Source(rows.stride, b.mul(rows.stride, integer(3)), size, b.sdiv(steps, integer(made.planes)), last)
+        state = [integer(0), first, integer(0), integer(0)]
+        for slot in range(made.ahead):
+            for row in _staging(made, source, state, b.gep(made.ring, [integer(slot * made.slot)])):
+                row()
+            state = [state[0], *_next(made, source, state)]
+        begins = b.icmp_signed("==", number, integer(0))
+
+        def block(state: list[Value]) -> list[Value]:
+            turn, *state = state
+            count = least(b, b.sub(rows.count, b.mul(turn, integer(TILE_BLOCK))), integer(TILE_BLOCK))
+
+            def group(state: list[Value]) -> list[Value]:
+                group, *state = state
+                skipped = b.add(b.mul(group, rows.steps), start)
+                right = b.gep(rows.right, [b.mul(skipped, integer(made.tiles * made.right))])
+                into = _Into(group, b.mul(turn, integer(TILE_BLOCK)), count, begins)
+                return [b.add(group, integer(1)), *_multiply(made, rows, source, into, right, steps, state)]
+
+            _, *state = repeat(b, fn, made.groups, [integer(0), *state], group)
+            return [b.add(turn, integer(1)), *state]
+
+        repeat(b, fn, blocks, [integer(0), *state], block)
 
 
-def _stage(made: _Loop, start: Value, stride: Value, to: Value, *, apart: int) -> None:
-    """Sixteen rows' codes as bytes of left tiles: as they are; or of int4 sixteen times a number, the low halves of 64
-    bytes and then, `apart` bytes away, their high halves; or of sign 1 where a bit is set, bit k of byte i as byte
-    8k + i. A tile is loaded at once from rows of 64 bytes that begin where cache lines do, and slowly from others."""
-    b = made.b
-    for row in range(TILE_ROWS):
-        place = b.gep(start, [b.mul(stride, integer(row))])
+def _staging(made: _Loop, source: _Source, state: list[Value], to: Value) -> list[Callable[[], None]]:
+    """What stages a column of a block, row by row, as bytes of left tiles: the codes as they are; or of int4 sixteen
+    times a number, the low halves of 64 bytes and in the next step's tiles their high halves; or of sign 1 where a bit
+    is set, bit k of byte i as byte 8k + i. A tile is loaded at once from rows of 64 bytes that begin where cache lines
+    do, and slowly from others. `state` is the ring's place, the block, and its column."""
+    b, (_, block, column, _) = made.b, state
+    start = b.gep(block, [b.mul(column, integer(TILE_STEP[made.bits] * made.planes))])
+    fours = [start]
+    for _ in range(TILE_BLOCK // 4 - 1):
+        fours.append(b.gep(fours[-1], [b.shl(source.stride, integer(2))]))
+    offsets = (integer(0), source.stride, b.shl(source.stride, integer(1)), source.thrice)
+
+    def one(row: int) -> None:
+        place = b.gep(fours[row // 4], [offsets[row % 4]])
         if made.bits == "sign":
             eight = b.load(b.bitcast(place, pointer(I64)), align=1)
             found = [bits_as_bytes(b, b.bitcast(spread(b, eight, 8), BYTES))]
@@ -183,7 +240,21 @@ def _stage(made: _Loop, start: Value, stride: Value, to: Value, *, apart: int) -
             high = ir.Constant(BYTES, [-16] * TILE_BYTES)
             found = [b.shl(found[0], ir.Constant(BYTES, [4] * TILE_BYTES)), b.and_(found[0], high)]
         for plane, x in enumerate(found):
-            _put(b, x, b.gep(to, [integer(plane * apart + row * TILE_BYTES)]))
+            _put(b, x, b.gep(to, [integer(plane * HALVES * TILE + row * TILE_BYTES)]))
+
+    return [lambda row=row: one(row) for row in range(TILE_BLOCK)]
+
+
+def _next(made: _Loop, source: _Source, state: list[Value]) -> list[Value]:
+    """The block and column that are staged then, and for which group: the last block again after the last one."""
+    b, (_, block, column, turn) = made.b, state
+    column = b.add(column, integer(1))
+    ends = b.icmp_signed("==", column, source.columns)
+    turn = b.add(turn, b.zext(ends, I64))
+    done = b.icmp_signed("==", turn, made.groups)
+    goes = b.and_(done, b.icmp_unsigned("<", block, source.last))
+    block = b.gep(block, [b.select(goes, source.size, integer(0))])
+    return [block, b.select(ends, integer(0), column), b.select(done, integer(0), turn)]
 
 
 def bits_as_bytes(b: Value, x: Value) -> Value:
@@ -194,120 +265,92 @@ def bits_as_bytes(b: Value, x: Value) -> Value:
     return b.call(fn, [x, ir.Constant(BYTES, [row - 256 if row > 127 else row for row in rows]), ir.Constant(I8, 0)])
 
 
-def _ask(made: _Loop, start: Value, stride: Value, step: Value) -> None:
-    """Memory is asked for what will be read soon: what it takes to answer is longer than to multiply sixteen rows."""
-    b = made.b
+def _ask(made: _Loop, source: _Source, state: list[Value]) -> None:
+    """Memory is asked for what will be read soon: what it takes to answer is longer than to multiply a block."""
+    b, (_, block, column, _) = made.b, state
     fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
-    size = b.mul(stride, integer(made.block))
-    start = b.gep(start, [b.select(b.icmp_signed(">", size, integer(AHEAD)), size, integer(AHEAD))])
-    if made.bits == "sign":  # whose steps are an eighth of a line: two lines each of what lies there
-        lines = [b.add(b.mul(step, integer(2 * 64)), integer(64 * i)) for i in range(2)]
-    else:
-        column = b.mul(step, integer(TILE_STEP[made.bits]))
-        lines = [b.add(column, b.mul(stride, integer(row))) for row in range(TILE_ROWS)]
-    for line in lines:
-        b.call(fn, [b.gep(start, [line]), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+    size = TILE_BLOCK * TILE_STEP[made.bits] * made.planes
+    start = b.gep(block, [b.select(b.icmp_signed(">", source.size, integer(AHEAD)), source.size, integer(AHEAD))])
+    start = b.gep(start, [b.mul(column, integer(size))])
+    for line in range(0, size, TILE_BYTES):
+        b.call(fn, [b.gep(start, [integer(line)]), *(ir.Constant(I32, x) for x in (0, 2, 1))])
 
 
-def _multiply(made: _Loop, left: Value, stride: Value, right: Value, steps: Value, staged: Value) -> None:
-    """The accumulators are the products of sixteen rows with one tile of columns: step i goes to the chain i mod
-    `chains`. While so many steps are multiplied, as many are staged."""
-    b, fn, chains = made.b, made.fn, made.chains
-    planes = 2 if made.bits == "int4" else 1
+def _multiply(
+    made: _Loop, rows: _Rows, source: _Source, into: _Into, right: Value, steps: Value, state: list[Value]
+) -> list[Value]:
+    """wide += the products of a block of rows with the tiles of a group, piece after piece; and what comes next is
+    staged meanwhile."""
+    b, fn, piece = made.b, made.fn, TILE_PIECE[made.bits]
 
-    def stage(to: Value, first: Value) -> list[Callable[[], None]]:
-        """What stages `chains` steps, of which those beyond the last are that again."""
+    def column(state: list[Value]) -> list[Value]:
+        right, *state = state
+        _column(made, source, right, state)
+        at = b.and_(b.add(state[0], integer(made.slot)), integer(RING - 1))
+        return [b.gep(right, [integer(made.planes * made.tiles * made.right)]), at, *_next(made, source, state)]
 
-        def one(i: int) -> None:
-            at = _least(b, b.add(first, integer(i)), b.sub(steps, integer(planes)))
-            start = b.gep(left, [b.mul(at, integer(TILE_STEP[made.bits]))])
-            _ask(made, left, stride, at)
-            _stage(made, start, stride, b.gep(to, [integer(i * TILE)]), apart=TILE)
+    def part(state: list[Value]) -> list[Value]:
+        number, *state = state
+        for tile in range(made.tiles * HALVES):
+            tile_zero(b, tile)
+        count = least(b, b.sub(steps, b.mul(number, integer(piece))), integer(piece))
+        state = repeat(b, fn, b.sdiv(count, integer(made.planes)), state, column)
+        _weigh(made, rows, into, b.and_(into.begins, b.icmp_signed("==", number, integer(0))))
+        return [b.add(number, integer(1)), *state]
 
-        return [lambda i=i: one(i) if i % planes == 0 else None for i in range(chains)]
-
-    def step(chain: int, from_: Value, right: Value) -> None:
-        x = made.lefts[chain % len(made.lefts)]
-        tile_load(b, x, b.gep(from_, [integer(chain * TILE)]), integer(TILE_BYTES))
-        tile_load(b, x + 1, b.gep(right, [integer(chain * made.right)]), integer(made.width))
-        tile_product(b, "bfloat16" if made.bits == "bfloat16" else "int8", chain, x, x + 1)
-
-    def body(state: list[Value]) -> list[Value]:
-        now, next_, right, done = state
-        done = b.add(done, integer(chains))
-        for chain, more in enumerate(stage(next_, done)):
-            step(chain, now, right)
-            more()
-        return [next_, now, b.gep(right, [integer(chains * made.right)]), done]
-
-    for chain in range(chains):
-        tile_zero(b, chain)
-    for more in stage(staged, integer(0)):
-        more()
-    state = [staged, b.gep(staged, [integer(chains * TILE)]), right, integer(0)]
-    now, _, right, _ = repeat(b, fn, b.sdiv(steps, integer(chains)), state, body)
-    rest = b.srem(steps, integer(chains))
-    for chain in range(chains - 1):
-        with loop(b, fn, b.zext(b.icmp_signed(">", rest, integer(chain)), I64)):
-            step(chain, now, right)
+    pieces = b.sdiv(b.add(steps, integer(piece - 1)), integer(piece))
+    _, _, *state = repeat(b, fn, pieces, [integer(0), right, *state], part)
+    return state
 
 
-def _stage_all(made: _Loop, left: Value, stride: Value, steps: Value, to: Value) -> None:
-    """All steps of a block of rows, which wait for all groups: of each step sixteen rows after sixteen."""
-    b, fn = made.b, made.fn
-    planes, halves = 2 if made.bits == "int4" else 1, made.block // TILE_ROWS
-    with loop(b, fn, b.sdiv(steps, integer(planes))) as column:
-        step = b.mul(column, integer(planes))
-        for half in range(halves):
-            start = b.gep(left, [b.mul(stride, integer(half * TILE_ROWS))])
-            _ask(made, start, stride, step)
-            place = b.gep(to, [b.add(b.mul(step, integer(halves * TILE)), integer(half * TILE))])
-            start = b.gep(start, [b.mul(step, integer(TILE_STEP[made.bits]))])
-            _stage(made, start, stride, place, apart=halves * TILE)
+def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> None:
+    """A column of the block times its right tiles, each of which is loaded once, and the halves of the block in an
+    order that loads few of them anew; among the products are spread the stores of a column that comes later."""
+    b, at = made.b, state[0]
+    now = b.gep(made.ring, [at])
+    later = b.and_(b.add(at, integer(made.ahead * made.slot)), integer(RING - 1))
+    _ask(made, source, state)
+    rows = _staging(made, source, state, b.gep(made.ring, [later]))
+    turns = list(itertools.product(range(made.planes), range(made.tiles), range(HALVES)))
+    kind = "bfloat16" if made.bits == "bfloat16" else "int8"
+    there = None
+    for number, (plane, tile, half) in enumerate(turns):
+        half = half ^ tile & 1
+        if number % HALVES == 0:
+            start = integer((plane * made.tiles + tile) * made.right)
+            tile_load(b, 7, b.gep(right, [start]), integer(made.width))
+        if there != (plane, half):
+            start = integer((plane * HALVES + half) * TILE)
+            tile_load(b, made.lefts[half], b.gep(now, [start]), integer(TILE_BYTES))
+        there = plane, half
+        tile_product(b, kind, half * made.tiles + tile, made.lefts[half], 7)
+        for row in rows[TILE_BLOCK * number // len(turns) : TILE_BLOCK * (number + 1) // len(turns)]:
+            row()
 
 
-def _multiply_staged(made: _Loop, staged: Value, right: Value, steps: Value) -> None:
-    """The accumulators are the products of a block of rows with the tiles of a group: each right tile is loaded once
-    for all."""
-    b, tiles, halves = made.b, made.tiles, made.block // TILE_ROWS
-    for tile in range(tiles * halves):
-        tile_zero(b, tile)
-
-    def body(state: list[Value]) -> list[Value]:
-        left, right = state
-        for tile in range(tiles):
-            tile_load(b, 7, b.gep(right, [integer(tile * made.right)]), integer(made.width))
-            for half in range(halves):
-                tile_load(b, 6, b.gep(left, [integer(half * TILE)]), integer(TILE_BYTES))
-                tile_product(b, "bfloat16" if made.bits == "bfloat16" else "int8", half * tiles + tile, 6, 7)
-        return [b.gep(left, [integer(halves * TILE)]), b.gep(right, [integer(tiles * made.right)])]
-
-    repeat(b, made.fn, steps, [staged, right], body)
-
-
-def _weigh(made: _Loop, rows: _Rows, group: Value, into: Value, scales: Value, count: Value, begins: Value) -> None:
+def _weigh(made: _Loop, rows: _Rows, to: _Into, begins: Value) -> None:
     """wide += scale * (weights * sums + constant), the constant where a row begins."""
-    b, fn, tiles, columns = made.b, made.fn, made.tiles, made.columns
-    for tile in range(made.chains * tiles * (made.block // TILE_ROWS)):
+    b, fn, tiles, columns, group, count = made.b, made.fn, made.tiles, made.columns, to.group, to.count
+    into = b.gep(rows.wide, [b.add(b.mul(group, made.apart), b.mul(to.first, integer(columns)))])
+    scales = b.gep(rows.scales, [to.first])
+    for tile in range(tiles * HALVES):
         tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(made.width))
     number, together = F32 if made.bits == "bfloat16" else I32, LANES // columns  # rows whose sums fill a vector
     weights = b.gep(rows.weights, [b.mul(group, integer(tiles * columns))])
     weights = [_each(b, b.gep(weights, [integer(tile * columns)]), columns) for tile in range(tiles)]
     constant = _each(b, b.gep(rows.constant, [b.mul(group, integer(columns))]), columns)
-    constant = b.fmul(constant, spread(b, begins))
+    constant = b.fmul(constant, spread(b, b.uitofp(begins, F64)))
     with loop(b, fn, b.sdiv(b.add(count, integer(together - 1)), integer(together))) as turn:
         row, total = b.mul(turn, integer(together)), constant
         half = b.mul(b.sdiv(row, integer(TILE_ROWS)), integer(tiles * TILE))
         start = b.add(half, b.mul(b.and_(row, integer(TILE_ROWS - 1)), integer(made.width)))
         for tile in range(tiles):
-            parts = []
-            for chain in range(made.chains):
-                at = b.add(start, integer((chain * tiles + tile) * TILE))
-                place = b.bitcast(b.gep(made.space, [at]), pointer(ir.VectorType(number, LANES)))
-                parts.append(b.load(place, align=64))
-            total = _plus(b, total, _sum(b, parts), weights[tile])
+            at = b.gep(made.space, [b.add(start, integer(tile * TILE))])
+            sums = b.load(b.bitcast(at, pointer(ir.VectorType(number, LANES))), align=64)
+            total = _plus(b, total, sums, weights[tile])
         place = b.bitcast(b.gep(into, [b.mul(row, integer(columns))]), pointer(ir.VectorType(F64, LANES)))
         found = b.load(place, align=8)
+        found = b.select(b.and_(made.new, begins), ir.Constant(found.type, [0.0] * LANES), found)
         if made.bits == "bfloat16":
             found = b.fadd(found, total)
         else:
@@ -344,17 +387,6 @@ def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
     numbers = ir.VectorType(F64, sums.type.count)
     x = b.sitofp(sums, numbers) if sums.type.element == I32 else b.fpext(sums, numbers)
     return b.fadd(total, b.fmul(x, weights, flags=["contract"]), flags=["contract"])
-
-
-def _sum(b: Value, parts: list[Value]) -> Value:
-    add = b.add if parts[0].type.element == I32 else b.fadd
-    while len(parts) > 1:
-        parts = [add(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
-def _least(b: Value, x: Value, y: Value) -> Value:
-    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def _put(b: Value, x: Value, to: Value) -> None:

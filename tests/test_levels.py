@@ -13,8 +13,8 @@ import influent
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["packing", "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
-     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "signs", "products", "pairproducts",
-     "tileproducts", "pairtiles", "pairprograms",
+     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "tilescores", "products",
+     "pairproducts", "tileproducts", "pairtiles", "pairprograms",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
      "ridge", "lexical", "shardrecord", "sharing"],
