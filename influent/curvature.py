@@ -6,6 +6,7 @@ pass over the rows. The curvature is that of the rows as stored, rounding includ
 here.
 """
 
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -76,8 +77,12 @@ class FIM:
         factor = unpack(self.factors.tensors(key)["factor"]).to(self.device)
         if meta["form"] == "primal":
             return Solver(rows, Primal(factor, self.index.n))
-        grams = Artifact.open(place(self.index, self.factors.spec["gram"]), "gram")
-        return Solver(rows, Dual(factor, meta["lambda"], rows, grams.tensors(key)["gram"]))
+        return Solver(rows, Dual(factor, meta["lambda"], rows, self.grams.tensors(key)["gram"]))
+
+    @cached_property
+    def grams(self) -> Artifact:
+        """What the factors are of; opened once, since its manifest has a record for every block."""
+        return Artifact.open(place(self.index, self.factors.spec["gram"]), "gram")
 
     def health(self) -> Health:
         """Per block: `lambda` in use, `trace` of F, `d_eff` = sum of s / (s + lambda) over the eigenvalues s of F (how

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import kronname
-from .artifact import Artifact
 from .curvature import FIM
 from .damping import Damping
 from .errors import NumericsError, SpecError
-from .fitting import Curvature, block_rows, place
+from .fitting import Curvature, block_rows
 from .gram import BlockRows, Matrix, Vanishing, cholesky, unpack
 from .kron import KronRows
 from .progress import Progress
@@ -89,9 +88,8 @@ def _inverse(
     rows, amount = block_rows(fitted.index, key, fitted.memory), facts["lambda"]
     if facts["form"] == "zero":
         return Vanishing()
-    grams = Artifact.open(place(fitted.index, fitted.factors.spec["gram"]), "gram")
-    grams.check(key)
-    matrix = unpack(grams.tensors(key)["gram"])
+    fitted.grams.check(key)
+    matrix = unpack(fitted.grams.tensors(key)["gram"])
     train, own = (1 - share) / rows.num_rows, share / len(asked)
     if facts["form"] == "primal":
         matrix = matrix.mul_(train).addmm_(asked.T, asked, alpha=own)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,14 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path: Path, monkeypatch: pytes
     peak(10)
     small, large = peak(256), peak(1280)
     assert large - small < 1024 * 200, (small, large)
+
+
+def test_rows_are_described_without_pandas(tmp_path: Path) -> None:
+    """Which takes half a second to import, of every first query."""
+    build(str(jsonl(tmp_path / "data.jsonl", RECORDS)), Store(str(tmp_path / "index")))
+    script = (
+        "import sys; from influent.catalog import Catalog; from influent.storage import Store; "
+        f"print(Catalog.open(Store({str(tmp_path / 'index')!r})).describe([1])[0]['id'], 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["7", "False"]

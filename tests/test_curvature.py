@@ -321,3 +321,14 @@ def test_rows_that_are_not_finite_are_not_blamed_on_the_damping(tmp_path):
     solver.inverse.factor.mul_(float("nan"))
     with pytest.raises(NumericsError, match="block 'a': the index's rows are not finite: run `influent verify`"):
         solver(torch.ones(1, 4))
+
+
+def test_all_blocks_are_solved_with_one_reading_of_what_was_fitted(tmp_path, monkeypatch):
+    """Each manifest has a record of every block: read for each of them, it would cost the square of their number."""
+    widths = {name: 9 for name in "abcde"}
+    fitted = fit(write_index(tmp_path / "index", random_rows(4, widths)), damping=Damping.parse("relative:1"))
+    opened, real = [], curvature_module.Artifact.open
+    monkeypatch.setattr(curvature_module.Artifact, "open", lambda *given: opened.append(given) or real(*given))
+    for key in widths:
+        fitted.solver(key)(torch.ones(1, 9))
+    assert len(opened) == 1
