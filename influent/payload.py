@@ -32,6 +32,7 @@ DTYPES = {  # safetensors name -> (torch name, bytes per element)
 }
 NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 ALIGN = 8  # what safetensors asks of the header's length, and what a view of a mapped float64 needs
+FIRST = 1 << 16  # bytes that are read at once: most headers, which then take one request of a remote store
 MAX_HEADER = 100_000_000  # as in safetensors: a wild length must not become a wild allocation
 
 
@@ -157,7 +158,7 @@ class Payload(Mapping[str, "torch.Tensor"]):
         if lo >= hi:
             return torch.empty(shape, dtype=getattr(torch, entry.dtype))
         if (mapped := self._mapped.get(entry.dtype)) is None:
-            if self.store.local(self.name) is None:
+            if not self.store.is_local:
                 data = self.store.get_range(self.name, self.start + lo, self.start + hi)
                 return torch.frombuffer(bytearray(data), dtype=getattr(torch, entry.dtype)).view(shape)
             usable = self._end - self._end % entry.size
@@ -170,10 +171,13 @@ def _read_header(store: Store, name: str, size: int) -> tuple[int, int, Header]:
     try:
         if size < 8:
             raise ValueError(f"{size} bytes are too few")
-        length = int.from_bytes(store.get_range(name, 0, 8), "little")
+        text = store.get_range(name, 0, min(size, FIRST))
+        length = int.from_bytes(text[:8], "little")
         if length > min(size - 8, MAX_HEADER):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = _parse(store.get_range(name, 8, 8 + length))
+        if 8 + length > len(text):
+            text += store.get_range(name, len(text), 8 + length)
+        header = _parse(text[8 : 8 + length])
         if 8 + length + header.end != size:
             raise ValueError(f"its tensors end at byte {8 + length + header.end} of {size}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:

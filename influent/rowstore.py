@@ -62,7 +62,7 @@ class Shard:
     @property
     def is_mapped(self) -> bool:
         """Whether rows are read from a local file, so that `places` knows them."""
-        return self._index.store.local(self._record.payload) is not None
+        return self._index.store.is_local
 
     def places(self, keys: tuple[str, ...], lo: int) -> Places:
         """Where the rows from `lo` on of blocks of one kind lie: the tensors of each, as `Form.tensors` has them, and 0

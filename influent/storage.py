@@ -53,6 +53,11 @@ class Store:
     def child(self, name: str) -> Store:
         return Store(f"{self.root.rstrip('/')}/{name}")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether objects are files, which `local` has the paths of."""
+        return isinstance(self._files, _Local)
+
     def local(self, name: str) -> Path | None:
         """The path of an object that can be memory-mapped; None on a remote file system."""
         return self._files.folder / name if isinstance(self._files, _Local) else None
