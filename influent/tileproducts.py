@@ -119,7 +119,7 @@ def _space(table: np.ndarray, bits: str) -> int:
     is wider than narrow rows."""
     stride, steps = np.maximum(table[:, 2], 1), table[:, 3]
     copied = 4 * TILE_BLOCK + 64 // stride
-    return 64 + (8 + TILE_RING) * TILE + int((copied * -(-steps * TILE_STEP[bits] // 64) * 64).max())
+    return 64 + (16 + max(TILE_RING.values())) * TILE + int((copied * -(-steps * TILE_STEP[bits] // 64) * 64).max())
 
 
 def _shape(num_queries: int) -> tuple[int, int, int]:
@@ -135,12 +135,3 @@ def _steps(width: np.ndarray, bits: str) -> np.ndarray:
     if bits == "bfloat16":
         return -(-width // 32)
     return -(-width // 64) if bits != "int4" else -(-width // 2 // 64) * 2
-
-
-def _folded(wide: np.ndarray, num_queries: int, tiles: int) -> np.ndarray:
-    """The sums of each query [Q, m], its pieces' together, of those of groups [groups, m, columns]."""
-    if tiles > 1:
-        return wide.transpose(0, 2, 1).reshape(-1, wide.shape[1])[:num_queries]
-    few = TILE_FEW[wide.shape[2]]
-    pieces = wide[0, :, : TILE_PIECES * few].reshape(-1, TILE_PIECES, few)
-    return pieces[:, :, :num_queries].sum(1).T

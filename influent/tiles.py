@@ -18,14 +18,14 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_RING, TILE_SPAN, TILE_STEP
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, least, loop,
+    F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, least, loop,
     pointer, repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
 )  # fmt: skip
+from .tilesums import Sums, masked, weigh
 
 TILE = TILE_ROWS * TILE_BYTES
 HALVES = TILE_BLOCK // TILE_ROWS
-RING = TILE_RING * TILE
-SUMS = 8 * TILE  # bytes of the space for accumulators; staged left tiles follow, then the rows that are copied
+SUMS = 16 * TILE  # bytes of the space for sums, those of two blocks; staged left tiles follow, and the copied rows
 AHEAD = 1 << 14  # bytes, or a block's if those are more, that memory is asked for before they are read
 BYTES = ir.VectorType(I8, TILE_BYTES)
 
@@ -57,6 +57,7 @@ class _Loop:
     groups: Value
     apart: Value  # numbers from group to group in `wide`
     space: Value
+    turned: Value  # the bits in which the addresses of the two spaces for sums differ
     new: Value  # whether what `wide` has is of no worth: no block was added yet
 
     @property
@@ -72,7 +73,7 @@ class _Loop:
     @property
     def ahead(self) -> int:
         """Slots that are staged before they are multiplied: what was just stored cannot be loaded as tiles yet."""
-        return RING // self.slot - (3 if self.planes == 1 else 1)
+        return max(1, self.ring_bytes // self.slot * 5 // 8)
 
     @property
     def lefts(self) -> tuple[int, ...]:
@@ -91,6 +92,13 @@ class _Loop:
     def ring(self) -> Value:
         """Where left tiles are staged."""
         return self.b.gep(self.space, [integer(SUMS)])
+
+    @property
+    def ring_bytes(self) -> int:
+        return TILE_RING[self.tiles] * TILE
+
+    def weigh(self, sums: Sums, most: Value) -> Sums:
+        return weigh(self.b, self.fn, sums, most, bits=self.bits, tiles=self.tiles, columns=self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +132,12 @@ def dense(bits: str, tiles: int, columns: int) -> str:
     """
     fn, b = function("dense", [pointer(I64), *[I64] * 6, pointer(F64), pointer(I8)])
     table, lines, first, rows, there, first_group, groups, wide, space = fn.args
-    apart, copies = b.mul(rows, integer(columns)), b.gep(space, [integer(SUMS + RING)])
+    apart, copies = b.mul(rows, integer(columns)), b.gep(space, [integer(SUMS + TILE_RING[tiles] * TILE)])
+    turned = b.xor(b.ptrtoint(space, I64), b.add(b.ptrtoint(space, I64), integer(SUMS // 2)))
     tiles_begin(b, [TILE_BYTES if tile in _lefts(tiles) else 4 * columns for tile in range(8)])
     with loop(b, fn, lines) as number:
         new = b.icmp_signed("==", number, integer(0))
-        made = _Loop(b, fn, bits, tiles, columns, groups, apart, space, new)
+        made = _Loop(b, fn, bits, tiles, columns, groups, apart, space, turned, new)
         line = b.gep(table, [b.mul(number, integer(TILE_LINE))])
         codes, scales, stride, steps, *asked = (b.load(b.gep(line, [integer(i)])) for i in range(7))
         codes = b.add(codes, b.mul(first, stride))
@@ -176,7 +185,7 @@ def copy_rows(b: Value, fn: Value, codes: Value, count: Value, stride: Value, to
         left = b.trunc(b.select(b.icmp_signed("<", left, integer(TILE_BYTES)), left, integer(TILE_BYTES)), I8)
         mask = b.icmp_signed("<", lanes, spread(b, left, TILE_BYTES))
         start = b.bitcast(b.gep(codes, [b.add(b.mul(row, stride), at)]), pointer(BYTES))
-        x = _masked(b, start, mask, BYTES, "llvm.masked.load.v64i8.p0", 1)
+        x = masked(b, start, mask, BYTES, "llvm.masked.load.v64i8.p0", 1)
         _put(b, x, b.gep(to, [b.add(b.mul(row, held), at)]))
 
 
@@ -198,6 +207,8 @@ def _score(made: _Loop, rows: _Rows) -> None:
             for row in _staging(made, source, state, b.gep(made.ring, [integer(slot * made.slot)])):
                 row()
             state = [state[0], *_next(made, source, state)]
+        false, none = ir.Constant(I1, 0), integer(0)
+        state += _sums(made, rows, _Into(none, none, none, false), made.space, false).values()
         begins = b.icmp_signed("==", number, integer(0))
 
         def block(state: list[Value]) -> list[Value]:
@@ -214,7 +225,8 @@ def _score(made: _Loop, rows: _Rows) -> None:
             _, *state = repeat(b, fn, made.groups, [integer(0), *state], group)
             return [b.add(turn, integer(1)), *state]
 
-        repeat(b, fn, blocks, [integer(0), *state], block)
+        _, *state = repeat(b, fn, blocks, [integer(0), *state], block)
+        made.weigh(Sums(*state[4:]), integer(TILE_BLOCK))
 
 
 def _staging(made: _Loop, source: _Source, state: list[Value], to: Value) -> list[Callable[[], None]]:
@@ -279,28 +291,51 @@ def _ask(made: _Loop, source: _Source, state: list[Value]) -> None:
 def _multiply(
     made: _Loop, rows: _Rows, source: _Source, into: _Into, right: Value, steps: Value, state: list[Value]
 ) -> list[Value]:
-    """wide += the products of a block of rows with the tiles of a group, piece after piece; and what comes next is
-    staged meanwhile."""
+    """The products of a block of rows with the tiles of a group, piece after piece. Meanwhile what comes next is
+    staged, and the sums that are left of the piece before are weighed."""
     b, fn, piece = made.b, made.fn, TILE_PIECE[made.bits]
+    vectors = TILE_BLOCK * made.columns // LANES  # of sums, which are spread over the columns of a block
+    some = b.sdiv(b.add(source.columns, integer(vectors - 1)), source.columns)
 
     def column(state: list[Value]) -> list[Value]:
-        right, *state = state
-        _column(made, source, right, state)
-        at = b.and_(b.add(state[0], integer(made.slot)), integer(RING - 1))
-        return [b.gep(right, [integer(made.planes * made.tiles * made.right)]), at, *_next(made, source, state)]
+        right, *cursor = state[:5]
+        _column(made, source, right, cursor)
+        at = b.and_(b.add(cursor[0], integer(made.slot)), integer(made.ring_bytes - 1))
+        right = b.gep(right, [integer(made.planes * made.tiles * made.right)])
+        return [right, at, *_next(made, source, cursor), *made.weigh(Sums(*state[5:]), some).values()]
 
     def part(state: list[Value]) -> list[Value]:
         number, *state = state
         for tile in range(made.tiles * HALVES):
             tile_zero(b, tile)
         count = least(b, b.sub(steps, b.mul(number, integer(piece))), integer(piece))
-        state = repeat(b, fn, b.sdiv(count, integer(made.planes)), state, column)
-        _weigh(made, rows, into, b.and_(into.begins, b.icmp_signed("==", number, integer(0))))
-        return [b.add(number, integer(1)), *state]
+        (*state,) = repeat(b, fn, b.sdiv(count, integer(made.planes)), state, column)
+        last = made.weigh(Sums(*state[5:]), integer(vectors))
+        held = b.inttoptr(b.xor(b.ptrtoint(last.held, I64), made.turned), pointer(I8))
+        for tile in range(made.tiles * HALVES):
+            tile_store(b, tile, b.gep(held, [integer(tile * TILE)]), integer(made.width))
+        begins = b.and_(into.begins, b.icmp_signed("==", number, integer(0)))
+        return [b.add(number, integer(1)), *state[:5], *_sums(made, rows, into, held, begins).values()]
 
     pieces = b.sdiv(b.add(steps, integer(piece - 1)), integer(piece))
     _, _, *state = repeat(b, fn, pieces, [integer(0), right, *state], part)
     return state
+
+
+def _sums(made: _Loop, rows: _Rows, into: _Into, held: Value, begins: Value) -> Sums:
+    """The sums of a block with a group, of which none is weighed yet."""
+    b, columns, group = made.b, integer(made.columns), into.group
+    return Sums(
+        held,
+        b.gep(rows.wide, [b.add(b.mul(group, made.apart), b.mul(into.first, columns))]),
+        b.gep(rows.scales, [into.first]),
+        b.gep(rows.weights, [b.mul(group, b.mul(columns, integer(made.tiles)))]),
+        b.gep(rows.constant, [b.mul(group, columns)]),
+        into.count,
+        begins,
+        b.and_(made.new, begins),
+        integer(0),
+    )
 
 
 def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> None:
@@ -308,7 +343,7 @@ def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> N
     order that loads few of them anew; among the products are spread the stores of a column that comes later."""
     b, at = made.b, state[0]
     now = b.gep(made.ring, [at])
-    later = b.and_(b.add(at, integer(made.ahead * made.slot)), integer(RING - 1))
+    later = b.and_(b.add(at, integer(made.ahead * made.slot)), integer(made.ring_bytes - 1))
     _ask(made, source, state)
     rows = _staging(made, source, state, b.gep(made.ring, [later]))
     turns = list(itertools.product(range(made.planes), range(made.tiles), range(HALVES)))
@@ -326,67 +361,6 @@ def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> N
         tile_product(b, kind, half * made.tiles + tile, made.lefts[half], 7)
         for row in rows[TILE_BLOCK * number // len(turns) : TILE_BLOCK * (number + 1) // len(turns)]:
             row()
-
-
-def _weigh(made: _Loop, rows: _Rows, to: _Into, begins: Value) -> None:
-    """wide += scale * (weights * sums + constant), the constant where a row begins."""
-    b, fn, tiles, columns, group, count = made.b, made.fn, made.tiles, made.columns, to.group, to.count
-    into = b.gep(rows.wide, [b.add(b.mul(group, made.apart), b.mul(to.first, integer(columns)))])
-    scales = b.gep(rows.scales, [to.first])
-    for tile in range(tiles * HALVES):
-        tile_store(b, tile, b.gep(made.space, [integer(tile * TILE)]), integer(made.width))
-    number, together = F32 if made.bits == "bfloat16" else I32, LANES // columns  # rows whose sums fill a vector
-    weights = b.gep(rows.weights, [b.mul(group, integer(tiles * columns))])
-    weights = [_each(b, b.gep(weights, [integer(tile * columns)]), columns) for tile in range(tiles)]
-    constant = _each(b, b.gep(rows.constant, [b.mul(group, integer(columns))]), columns)
-    constant = b.fmul(constant, spread(b, b.uitofp(begins, F64)))
-    with loop(b, fn, b.sdiv(b.add(count, integer(together - 1)), integer(together))) as turn:
-        row, total = b.mul(turn, integer(together)), constant
-        half = b.mul(b.sdiv(row, integer(TILE_ROWS)), integer(tiles * TILE))
-        start = b.add(half, b.mul(b.and_(row, integer(TILE_ROWS - 1)), integer(made.width)))
-        for tile in range(tiles):
-            at = b.gep(made.space, [b.add(start, integer(tile * TILE))])
-            sums = b.load(b.bitcast(at, pointer(ir.VectorType(number, LANES))), align=64)
-            total = _plus(b, total, sums, weights[tile])
-        place = b.bitcast(b.gep(into, [b.mul(row, integer(columns))]), pointer(ir.VectorType(F64, LANES)))
-        found = b.load(place, align=8)
-        found = b.select(b.and_(made.new, begins), ir.Constant(found.type, [0.0] * LANES), found)
-        if made.bits == "bfloat16":
-            found = b.fadd(found, total)
-        else:
-            scale = _scales(b, b.gep(scales, [row]), b.sub(count, row), together)
-            found = b.fadd(found, b.fmul(total, scale, flags=["contract"]), flags=["contract"])
-        b.store(found, place, align=8)
-
-
-def _each(b: Value, at: Value, count: int) -> Value:
-    """`count` float64, again and again, as a vector."""
-    x = b.load(b.bitcast(at, pointer(ir.VectorType(F64, count))), align=8)
-    order = ir.Constant(ir.VectorType(I32, LANES), [lane % count for lane in range(LANES)])
-    return b.shuffle_vector(x, x, order)
-
-
-def _scales(b: Value, at: Value, left: Value, together: int) -> Value:
-    """The scales of rows, of which so many are left, each as often as a row has columns."""
-    kind, lanes = ir.VectorType(I16, together), ir.VectorType(I64, together)
-    mask = b.icmp_signed("<", ir.Constant(lanes, list(range(together))), spread(b, left, together))
-    bits = _masked(b, b.bitcast(at, pointer(kind)), mask, kind, f"llvm.masked.load.v{together}i16.p0", 2)
-    bits = b.shl(b.zext(bits, ir.VectorType(I32, together)), ir.Constant(ir.VectorType(I32, together), [16] * together))
-    x = b.fpext(b.bitcast(bits, ir.VectorType(F32, together)), ir.VectorType(F64, together))
-    order = [lane * together // LANES for lane in range(LANES)]
-    return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, LANES), order))
-
-
-def _masked(b: Value, at: Value, mask: Value, kind: Value, name: str, align: int) -> Value:
-    """Numbers from memory where the mask is set, zeros elsewhere, where nothing is read."""
-    given = [at, ir.Constant(I32, align), mask, ir.Constant(kind, [0] * kind.count)]
-    return b.call(declared(b, name, kind, [x.type for x in given]), given)
-
-
-def _plus(b: Value, total: Value, sums: Value, weights: Value) -> Value:
-    numbers = ir.VectorType(F64, sums.type.count)
-    x = b.sitofp(sums, numbers) if sums.type.element == I32 else b.fpext(sums, numbers)
-    return b.fadd(total, b.fmul(x, weights, flags=["contract"]), flags=["contract"])
 
 
 def _put(b: Value, x: Value, to: Value) -> None:

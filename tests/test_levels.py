@@ -13,7 +13,7 @@ import influent
 LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["packing", "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
-     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "tilescores", "products",
+     "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "tilescores", "tilesums", "products",
      "pairproducts", "tileproducts", "pairtiles", "pairprograms",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
