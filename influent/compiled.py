@@ -47,7 +47,7 @@ _LOOPS = {
     "lay": ("tilequeries", "pnn"),
     "fold": ("tilescores", "pnnpn"),
     "pairs": ("pairtiles", "pnnpnp"),
-    "pieces": ("pairtiles", "pnn"),
+    "pieces": ("pairqueries", "pnn"),
 }
 _TILES = (
     "amx-tile",

@@ -113,6 +113,28 @@ def integer(x: int) -> Value:
     return ir.Constant(I64, x)
 
 
+def address(b: Value, x: Value, of: Value) -> Value:
+    """The number as an address."""
+    return b.inttoptr(x, pointer(of))
+
+
+def line_of(b: Value, table: Value, number: Value, kind: Any) -> Any:
+    """A line of a table of int64, whose numbers are the fields of the named tuple `kind`."""
+    fields = len(kind._fields)
+    return kind(*(b.load(b.gep(table, [b.add(b.mul(number, integer(fields)), integer(i))])) for i in range(fields)))
+
+
+def up(b: Value, x: Value, by: int) -> Value:
+    """x / by, rounded up."""
+    return b.sdiv(b.add(x, integer(by - 1)), integer(by))
+
+
+def ask(b: Value, place: Value) -> None:
+    """Memory is asked for the line there, which may be beyond what there is."""
+    fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
+    b.call(fn, [place, *(ir.Constant(I32, x) for x in (0, 2, 1))])
+
+
 def all_lanes(of: Value, x: int | float) -> Value:
     return ir.Constant(ir.VectorType(of, LANES), [x] * LANES)
 

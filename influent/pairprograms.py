@@ -29,10 +29,13 @@ from .compiled import LANES, in_parts, loop, readable
 
 TILES = 1 << 28  # bytes of all matrices that are kept ready: of more, some are made at a time, for each window of rows
 SUMS = 1 << 22  # sums of pairs and queries held at once, in float64
-MATRICES = 1 << 20  # bytes of the matrices of a block that are gone through for 48 pairs, which the cache holds
-STEP, PIECES, PAIRS = 32, 3, 48  # numbers of a tile along v, pieces of X, pairs side by side
-TILE = 1024  # bytes
-HELD = 12 << 10  # bytes of products on their way in the loop's space
+MATRICES = 1 << 20  # bytes of the matrices of a block that are gone through for 32 pairs, which the cache holds
+STEP, PIECES, PAIRS = 32, 3, 32  # numbers of a tile along v, pieces of X, pairs side by side
+TILE, LINE = 1024, 64  # bytes
+SHORT = 64  # numbers of a side that may be written in an order
+SLACK = 128  # bytes that are read from where a pair begins, at least
+HELD = 8 << 10  # bytes of products on their way in the loop's space, twice
+STATE = 1 << 9  # bytes of what it remembers of them
 LEAST = 512  # rows of a thread
 
 
@@ -46,7 +49,8 @@ class PairLine(NamedTuple):
     weights: Any  # address of what multiplies each query's products
     size_v: Any  # bytes of a side
     size_u: Any
-    steps: Any  # tiles along v
+    steps: Any  # tiles of v
+    rounds: Any  # of X that each meets: one, where they hold all pieces one behind the other, or one of each piece
     columns: Any  # tiles along u
     tiles: Any  # bytes of one query's tiles
     first_query: Any
@@ -54,6 +58,7 @@ class PairLine(NamedTuple):
     room: Any  # bytes of the space for a group's sides
     wide_v: Any  # bytes of a side in that space
     wide_u: Any
+    order: Any  # address of what numbers of v are written there one after the other; 0 if that is all as they are
 
 
 class MatrixLine(NamedTuple):
@@ -66,8 +71,10 @@ class MatrixLine(NamedTuple):
     b: Any
     along: Any  # numbers from one to the next of them
     across: Any
-    steps: Any  # tiles along v and u
-    columns: Any
+    apart: Any  # numbers along with what fills them up, an even number
+    rounds: Any  # 1 if the pieces are one behind the other, else as many as pieces, tile by tile
+    tiles: Any  # along v, of all pieces
+    columns: Any  # tiles along u
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,9 +126,9 @@ class PairProgram:
         lines[:, :3] = addresses
         apart = -(-count // PAIRS) * PAIRS
         out = torch.zeros(table.count, apart, dtype=torch.float64)
-        space = torch.zeros(HELD + 5 * self.shapes.room + 64, dtype=torch.uint8)
+        space = np.zeros(STATE + 2 * HELD + 15 * self.shapes.room + LINE, np.uint8)
         loop("pairs", self.bits)(
-            lines.ctypes.data, len(lines), count, out.data_ptr(), apart, _aligned(space)
+            lines.ctypes.data, len(lines), count, out.data_ptr(), apart, -(-space.ctypes.data // LINE) * LINE
         )  # fmt: skip
         found = out.numpy()[:, :count]
         # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
@@ -168,7 +175,8 @@ def _plan(shapes: "_Shapes", rank: int, count: int, together: int) -> _Plan:
     """`together` are the bytes of the matrices of a block that are gone through at a time."""
     shape, numbers = _Shape(*shapes.blocks.T), np.arange(len(shapes.blocks))
     to, weight = count * (shape.tiles.cumsum() - shape.tiles), 8 * count * numbers
-    matrices = MatrixLine(4 * shape.a * shape.b, to, weight, *shape[:4], shape.steps, shape.columns)
+    tiles = shape.steps * shape.rounds
+    matrices = MatrixLine(4 * shape.a * shape.b, to, weight, *shape[:5], shape.rounds, tiles, shape.columns)
 
     most = np.maximum(together // shape.tiles, 1)
     parts = -(-count // most)
@@ -177,8 +185,8 @@ def _plan(shapes: "_Shapes", rank: int, count: int, together: int) -> _Plan:
     mine, none = _Shape(*shapes.blocks[block].T), np.zeros_like(first)
     lines = PairLine(
         none, none, none, to[block] + first * mine.tiles, weight[block] + 8 * first, mine.size_v, mine.size_u,
-        mine.steps, mine.columns, mine.tiles, first, np.minimum(most[block], count - first), none + shapes.room,
-        mine.wide_v, mine.wide_u,
+        mine.steps, mine.rounds, mine.columns, mine.tiles, first, np.minimum(most[block], count - first),
+        none + shapes.room, mine.wide_v, mine.wide_u, mine.order,
     )  # fmt: skip
     places = np.stack([mine.swapped, 1 - mine.swapped, none + 2], 1) + 3 * block[:, None]
     strides = np.stack([mine.size_v, mine.size_u, none + 2], 1) * rank
@@ -192,14 +200,17 @@ class _Shape(NamedTuple):
     b: Any
     along: Any  # numbers of X from one to the next of them
     across: Any
+    apart: Any  # numbers along with what fills them up
     swapped: Any
-    steps: Any  # tiles along and across
-    columns: Any
+    steps: Any  # tiles of v
+    rounds: Any  # of X that each of them meets
+    columns: Any  # tiles across
     size_v: Any  # bytes of a side
     size_u: Any
     tiles: Any  # bytes of one query's tiles
     wide_v: Any  # bytes from side to side in the loop's space
     wide_u: Any
+    order: Any  # address of an order
 
 
 @lru_cache(maxsize=64)
@@ -207,14 +218,44 @@ def _shape(a: int, b: int, bits: str) -> _Shape:
     swapped = _tiles(b, a) < _tiles(a, b)
     matrix = (b, a, 1, b) if swapped else (a, b, b, 1)
     along, across = matrix[:2]
-    steps, columns = -(-along // STEP), -(-across // LANES)
-    # Sides so far apart that a tile's rows do not fall on one another in the nearest cache; codes are written in whole
-    # steps of sixteen numbers.
-    more = bits in PER_BYTE
-    wide_v, wide_u = (2 * STEP * (tiles + more | 1) for tiles in (steps, -(-columns // 2)))
-    size_v, size_u = (-(-side // PER_BYTE[bits]) if more else 2 * side for side in (along, across))
-    tiles = steps * columns * PIECES * TILE
-    return _Shape(*matrix, int(swapped), steps, columns, size_v, size_u, tiles, wide_v, wide_u)
+    (steps, rounds, apart), columns = _steps(along), -(-across // LANES)
+    (size_v, wide_v), (size_u, wide_u) = _side(along, steps, bits), _side(across, -(-columns // 2), bits)
+    tiles = steps * rounds * columns * TILE
+    order = _order(along, apart, steps, bits).ctypes.data if rounds == 1 else 0
+    return _Shape(
+        *matrix, apart, int(swapped), steps, rounds, columns, size_v, size_u, tiles, wide_v, wide_u, order
+    )  # fmt: skip
+
+
+def _side(side: int, lines: int, bits: str) -> tuple[int, int]:
+    """Bytes of a side, and from one to the next where it is read `lines` wide. There 64 numbers are written at a time,
+    or 32 of both halves of bytes; and sides are so far apart that a tile's rows do not fall on one another in the
+    nearest cache."""
+    packed = PER_BYTE.get(bits)
+    return -(-side // packed) if packed else 2 * side, LINE * (max(lines, 2 * -(-side // 64) + 1) | 1)
+
+
+@lru_cache(maxsize=256)
+def _order(side: int, apart: int, lines: int, bits: str) -> np.ndarray:
+    """Which of 64 numbers are written one after the other, lines of 32, to have a side as often as X has pieces; then
+    of each line the bits that say which are of the second 32. Those of int4 are in the upper halves of bytes."""
+    place = np.arange(lines * STEP)
+    number = np.where((place % apart < side) & (place < PIECES * apart), place % apart, 0)
+    half = -(-side // 2) if bits == "int4" else STEP
+    upper = number >= half
+    index = np.where(upper, number - half, number).astype(np.int16)
+    masks = np.packbits(upper, bitorder="little").view(np.int16)
+    return np.concatenate([index, masks])
+
+
+def _steps(side: int) -> tuple[int, int, int]:
+    """Tiles of a side, how many of X each meets, and the numbers with what fills them up: short sides are written
+    behind one another as often as there are pieces, where that fills fewer tiles."""
+    each, apart = -(-side // STEP), side + side % 2
+    together = -(-PIECES * apart // STEP)
+    if side <= SHORT and together < PIECES * each:
+        return together, 1, apart
+    return each, PIECES, STEP * each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,7 +272,7 @@ def _shapes(factors: tuple[Factors, ...], bits: str) -> _Shapes:
     """The very object for the same blocks: an index is asked many times."""
     blocks = np.array([_shape(a, b, bits) for a, b in factors], np.int64)
     shape = _Shape(*blocks.T)
-    return _Shapes(blocks, int(shape.tiles.sum()), PAIRS * int(max(shape.wide_v.max(), shape.wide_u.max())) + 64)
+    return _Shapes(blocks, int(shape.tiles.sum()), PAIRS * int(max(shape.wide_v.max(), shape.wide_u.max())) + SLACK)
 
 
 def _aligned(x: Tensor) -> int:
@@ -245,4 +286,5 @@ def work(a: int, b: int) -> int:
 
 
 def _tiles(a: int, b: int) -> int:
-    return (PIECES * -(-a // STEP) + 2) * -(-b // LANES)
+    steps, rounds, _ = _steps(a)
+    return (steps * rounds + 2) * -(-b // LANES)

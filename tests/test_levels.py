@@ -14,7 +14,7 @@ LEVELS = [
     ["errors", "progress", "ranged", "rng", "storage"],
     ["packing", "baselines", "catalog", "catalog_part", "codec", "damping", "digests", "digits", "examples", "fetch",
      "gradients", "hashing", "compiled", "llvm", "loops", "tiles", "tilequeries", "tilescores", "tilesums", "products",
-     "pairproducts", "tileproducts", "pairtiles", "pairprograms",
+     "pairproducts", "tileproducts", "pairsides", "pairqueries", "pairtiles", "pairprograms",
      "hub", "kronname", "labels", "loading", "maps", "metrics", "payload", "records", "reduce", "sides", "task",
      "tokenloss", "truncate", "bootstrap", "duplicates", "intervals", "merkle", "payments", "tables",
      "ridge", "lexical", "shardrecord", "sharing"],
