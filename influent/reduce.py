@@ -51,7 +51,8 @@ class TopK:
 
     def push(self, acc: Ranked, ids: Int[Tensor, " n"], scores: Float[Tensor, "Q n"]) -> Ranked:
         _check_finite(ids, scores)
-        return self.merge(acc, self._shortlist(ids, scores))
+        best, in_order = self._shortlist(ids, scores)
+        return best if in_order and acc.rows.shape[1] == 0 else self.merge(acc, best)
 
     def merge(self, a: Ranked, b: Ranked) -> Ranked:
         rows, scores = torch.cat([a.rows, b.rows], dim=1), torch.cat([a.scores, b.scores], dim=1)
@@ -63,15 +64,18 @@ class TopK:
     def result(self, acc: Ranked) -> Ranked:
         return acc
 
-    def _shortlist(self, ids: Tensor, scores: Tensor) -> Ranked:
-        """The rows that may still rank: selection is linear in n where sorting is not."""
+    def _shortlist(self, ids: Tensor, scores: Tensor) -> tuple[Ranked, bool]:
+        """The rows that may still rank, and whether they are the best in order, no two as good: selection is linear in
+        n where sorting is not."""
         n = ids.numel()
         if n > self.k:
             values, kept = scores.topk(self.k + 1, dim=1, largest=self.largest)
+            apart = values[:, 1:] != values[:, :-1]
+            in_order = bool(apart.all())
             # topk picks freely among rows that tie for the last place, so a tie there keeps every row for the sort.
-            if bool((values[:, -1] != values[:, -2]).all()):
-                return Ranked(ids[kept[:, :-1]], values[:, :-1])
-        return Ranked(ids.expand(scores.shape[0], n), scores)
+            if in_order or bool(apart[:, -1].all()):
+                return Ranked(ids[kept[:, :-1]], values[:, :-1]), in_order
+        return Ranked(ids.expand(scores.shape[0], n), scores), False
 
 
 @dataclass(frozen=True, slots=True)

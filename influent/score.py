@@ -8,7 +8,7 @@ the scores is a reducer's business; the products are `kernels.py`'s, fitting is 
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol, runtime_checkable
@@ -227,7 +227,7 @@ class _Given:
 
 def _windows(indexes: Sequence[RowSource], size: int) -> Iterator[tuple[int, int, list[Shard]]]:
     """(lo, hi, the shard of each index that holds these rows): all rows in order, at most `size` at a time."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) if any(len(index.shards) > 1 for index in indexes) else nullcontext() as pool:
         ahead = [_checked(index.shards, pool) for index in indexes]
         held: list[Shard] = []
         lo, end = 0, indexes[0].n
@@ -240,13 +240,13 @@ def _windows(indexes: Sequence[RowSource], size: int) -> Iterator[tuple[int, int
             lo = hi
 
 
-def _checked(shards: Sequence[Shard], pool: ThreadPoolExecutor) -> Iterator[Shard]:
+def _checked(shards: Sequence[Shard], pool: ThreadPoolExecutor | None) -> Iterator[Shard]:
     """The shards, each once its bytes are known to be sound; the next one's hash is taken while this one is scored,
     whose rows then come from the page cache."""
     for shard in shards[:1]:
         check_bytes(shard)
     for i, shard in enumerate(shards):
-        ahead = [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]]
+        ahead = [pool.submit(check_bytes, following) for following in shards[i + 1 : i + 2]] if pool else []
         yield shard
         for checked in ahead:
             checked.result()
