@@ -29,10 +29,12 @@ STEP = {"int8": 16, "int4": 16, "sign": 2}  # bytes of a row, and the least that
 PLANES = {"int8": 1, "int4": 2, "sign": 1}  # vectors of sixteen numbers in them: an int4's low halves and high halves
 PAIRS = 4  # pairs side by side, which share what is loaded of X
 TILE_STEP = {"bfloat16": 64, "int8": 64, "int4": 32, "sign": 8}  # bytes of a row that a left tile has
+TILE_PLANES = {"bfloat16": 1, "int8": 1, "int4": 2, "sign": 2}  # left tiles that are made of the same bytes
 TILE_BLOCK = 32  # rows at a time: two left tiles, which meet a right one before it is let go
-TILE_RING = {1: 16, 3: 8}  # left tiles that wait, in cache, for so many right tiles a step
+TILE_RING = {1: 16, 3: 12}  # left tiles that wait, in cache, for so many right tiles a step
 TILE_SPAN = {1: 512, 3: 64}  # steps of a row that meet all rows before the next, for so many right tiles a step
-TILE_PIECE = {"bfloat16": 32, "int8": 512, "int4": 512, "sign": 512}  # steps that are summed before they are weighed
+# Steps that are summed before they are weighed: of codes to less than 2^30, since a product is below 2^14.
+TILE_PIECE = {"bfloat16": 32, "int8": 512, "int4": 512, "sign": 512}
 TILE_LINE = 8  # numbers of a line of their tables
 TILE_PIECES = 3  # of a query's number, in columns side by side if there are few queries, else in a tile each
 TILE_FEW = {4: 1, 8: 2, 16: 5}  # the columns that a right tile has, and for how many queries' pieces they do

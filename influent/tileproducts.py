@@ -30,6 +30,7 @@ from .compiled import (
     TILE_FEW,
     TILE_LINE,
     TILE_PIECES,
+    TILE_PLANES,
     TILE_RING,
     TILE_STEP,
     in_parts,
@@ -134,4 +135,4 @@ def _steps(width: np.ndarray, bits: str) -> np.ndarray:
     """Left tiles of rows so wide."""
     if bits == "bfloat16":
         return -(-width // 32)
-    return -(-width // 64) if bits != "int4" else -(-width // 2 // 64) * 2
+    return -(-width // (64 * TILE_PLANES[bits])) * TILE_PLANES[bits]

@@ -60,19 +60,22 @@ def _count(bits: str) -> int:
 
 
 def _step(b: Value, bits: str, q: Value, step: Value, width: Value) -> Value:
-    """The numbers that a step meets, of int4 from the low halves of 64 bytes and then from their high halves."""
-    if bits != "int4":
-        start, end = b.mul(step, integer(_count(bits))), width
-    else:
+    """The numbers that a step meets, of int4 from the low halves of 64 bytes and then from their high halves, of sign
+    from bits 0 to 3 of sixteen bytes and then from bits 4 to 7."""
+    second = b.icmp_signed("==", b.and_(step, integer(1)), integer(1))
+    pair = b.sdiv(step, integer(2))
+    if bits == "sign":  # bit 4 plane + k of byte i is byte 16k + i of the left tile
+        first = b.mul(pair, integer(128))
+        x, y = (_masked(b, q, b.add(first, integer(start)), width, 64) for start in (0, 64))
+        orders = [[8 * i + 4 * plane + k for k in range(4) for i in range(16)] for plane in range(2)]
+        x, y = (b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order)) for order in orders)
+        return b.select(second, y, x)
+    start, end = b.mul(step, integer(_count(bits))), width
+    if bits == "int4":
         half = b.sdiv(b.add(width, integer(1)), integer(2))
-        high = b.icmp_signed("==", b.and_(step, integer(1)), integer(1))
-        start = b.add(b.mul(b.sdiv(step, integer(2)), integer(64)), b.select(high, half, integer(0)))
-        end = b.select(high, width, half)
-    x = _masked(b, q, start, end, _count(bits))
-    if bits == "sign":  # bit k of byte i is byte 8k + i of the left tile
-        order = [8 * i + k for k in range(8) for i in range(8)]
-        x = b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, len(order)), order))
-    return x
+        start = b.add(b.mul(pair, integer(64)), b.select(second, half, integer(0)))
+        end = b.select(second, width, half)
+    return _masked(b, q, start, end, _count(bits))
 
 
 def _largest(b: Value, fn: Value, q: Value, width: Value) -> tuple[Value, Value]:

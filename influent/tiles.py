@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
-from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_RING, TILE_SPAN, TILE_STEP
+from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_PLANES, TILE_RING, TILE_SPAN, TILE_STEP
 from .llvm import (
     F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, least, loop,
     pointer, repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
@@ -62,8 +62,8 @@ class _Loop:
 
     @property
     def planes(self) -> int:
-        """Steps that are staged of the same bytes: of int4 the low halves and the high ones."""
-        return 2 if self.bits == "int4" else 1
+        """Steps that are staged of the same bytes."""
+        return TILE_PLANES[self.bits]
 
     @property
     def slot(self) -> int:
@@ -73,7 +73,7 @@ class _Loop:
     @property
     def ahead(self) -> int:
         """Slots that are staged before they are multiplied: what was just stored cannot be loaded as tiles yet."""
-        return max(1, self.ring_bytes // self.slot * 5 // 8)
+        return (2 * self.ring_bytes // self.slot + 1) // 3
 
     @property
     def lefts(self) -> tuple[int, ...]:
@@ -96,6 +96,11 @@ class _Loop:
     @property
     def ring_bytes(self) -> int:
         return TILE_RING[self.tiles] * TILE
+
+    def wrapped(self, at: Value) -> Value:
+        """A place in the ring."""
+        size = integer(self.ring_bytes)
+        return self.b.select(self.b.icmp_signed("<", at, size), at, self.b.sub(at, size))
 
     def weigh(self, sums: Sums, most: Value) -> Sums:
         return weigh(self.b, self.fn, sums, most, bits=self.bits, tiles=self.tiles, columns=self.columns)
@@ -232,8 +237,9 @@ def _score(made: _Loop, rows: _Rows) -> None:
 def _staging(made: _Loop, source: _Source, state: list[Value], to: Value) -> list[Callable[[], None]]:
     """What stages a column of a block, row by row, as bytes of left tiles: the codes as they are; or of int4 sixteen
     times a number, the low halves of 64 bytes and in the next step's tiles their high halves; or of sign 1 where a bit
-    is set, bit k of byte i as byte 8k + i. A tile is loaded at once from rows of 64 bytes that begin where cache lines
-    do, and slowly from others. `state` is the ring's place, the block, and its column."""
+    is set, bits 0 to 3 of sixteen bytes and in the next step's tiles bits 4 to 7. A tile is loaded at once from rows of
+    64 bytes that begin where cache lines do, and slowly from others. `state` is the ring's place, the block, and its
+    column."""
     b, (_, block, column, _) = made.b, state
     start = b.gep(block, [b.mul(column, integer(TILE_STEP[made.bits] * made.planes))])
     fours = [start]
@@ -244,8 +250,10 @@ def _staging(made: _Loop, source: _Source, state: list[Value], to: Value) -> lis
     def one(row: int) -> None:
         place = b.gep(fours[row // 4], [offsets[row % 4]])
         if made.bits == "sign":
-            eight = b.load(b.bitcast(place, pointer(I64)), align=1)
-            found = [bits_as_bytes(b, b.bitcast(spread(b, eight, 8), BYTES))]
+            two = ir.VectorType(I64, 2)
+            sixteen = b.load(b.bitcast(place, pointer(two)), align=1)
+            sixteen = b.shuffle_vector(sixteen, sixteen, ir.Constant(ir.VectorType(I32, 8), [0, 1] * 4))
+            found = [bits_as_bytes(b, b.bitcast(sixteen, BYTES), plane) for plane in range(made.planes)]
         else:
             found = [b.load(b.bitcast(place, pointer(BYTES)), align=1)]
         if made.bits == "int4":
@@ -269,10 +277,10 @@ def _next(made: _Loop, source: _Source, state: list[Value]) -> list[Value]:
     return [block, b.select(ends, integer(0), column), b.select(done, integer(0), turn)]
 
 
-def bits_as_bytes(b: Value, x: Value) -> Value:
-    """Of the k-th eight bytes their bits k: 0 or 1. Each eight bytes of the other factor are a matrix over two numbers,
-    a byte a row, the lowest bit's last (GF2P8AFFINEQB)."""
-    rows = [1 << k if byte == 7 else 0 for k in range(8) for byte in range(8)]
+def bits_as_bytes(b: Value, x: Value, plane: int) -> Value:
+    """Of the k-th sixteen bytes their bits 4 plane + k: 0 or 1. Each eight bytes of the other factor are a matrix over
+    two numbers, a byte a row, the lowest bit's last (GF2P8AFFINEQB)."""
+    rows = [1 << 4 * plane + k // 2 if byte == 7 else 0 for k in range(8) for byte in range(8)]
     fn = declared(b, "llvm.x86.vgf2p8affineqb.512", BYTES, [BYTES, BYTES, I8])
     return b.call(fn, [x, ir.Constant(BYTES, [row - 256 if row > 127 else row for row in rows]), ir.Constant(I8, 0)])
 
@@ -300,7 +308,7 @@ def _multiply(
     def column(state: list[Value]) -> list[Value]:
         right, *cursor = state[:5]
         _column(made, source, right, cursor)
-        at = b.and_(b.add(cursor[0], integer(made.slot)), integer(made.ring_bytes - 1))
+        at = made.wrapped(b.add(cursor[0], integer(made.slot)))
         right = b.gep(right, [integer(made.planes * made.tiles * made.right)])
         return [right, at, *_next(made, source, cursor), *made.weigh(Sums(*state[5:]), some).values()]
 
@@ -343,7 +351,7 @@ def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> N
     order that loads few of them anew; among the products are spread the stores of a column that comes later."""
     b, at = made.b, state[0]
     now = b.gep(made.ring, [at])
-    later = b.and_(b.add(at, integer(made.ahead * made.slot)), integer(made.ring_bytes - 1))
+    later = made.wrapped(b.add(at, integer(made.ahead * made.slot)))
     _ask(made, source, state)
     rows = _staging(made, source, state, b.gep(made.ring, [later]))
     turns = list(itertools.product(range(made.planes), range(made.tiles), range(HALVES)))

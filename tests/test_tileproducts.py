@@ -223,3 +223,25 @@ def test_an_llvm_that_lacks_an_instruction_is_said_and_done_without(monkeypatch,
     monkeypatch.undo()
     compiled.tiles_usable.cache_clear()
     assert compiled.tiles_usable()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("num_queries", [1, 5, 7])
+def test_the_largest_sums_of_wide_rows_do_not_overflow(bits, num_queries):
+    """Every code and every digit is the largest, in rows that are summed in several pieces."""
+    row = Stored(torch.cat([torch.ones(20, 70_001), -torch.ones(20, 70_001)]), bits)
+    q = torch.ones(num_queries, 70_001) * torch.arange(1, num_queries + 1)[:, None]
+    assert float((added(q, row) / row.exact(q) - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", [16, 200])
+def test_many_blocks_of_rows_and_groups_of_queries(bits, width):
+    """What is staged runs ahead into the next block, or to the same one for the next group."""
+    row = stored(bits, 300, width)
+    for num_queries in (1, 2, 16, 40):
+        q = asked(num_queries, width)
+        whole = added(q, row)
+        assert error(q, row, whole) < 3e-7
+        for i in (0, 31, 32, 150, 299):
+            assert torch.equal(added(q, row, i, i + 1), whole[:, i : i + 1])
