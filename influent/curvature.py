@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import datainf, kron, kronname
-from .artifact import Artifact, digest, kind_of
+from . import datainf, fisher, kron, kronname
+from .artifact import Artifact, digest
 from .damping import Damping as Damping
 from .damping import Published
 from .errors import DataError, NumericsError, SpecError
@@ -85,9 +85,8 @@ class FIM:
         return Artifact.open(place(self.index, self.factors.spec["gram"]), "gram")
 
     def health(self) -> Health:
-        """Per block: `lambda` in use, `trace` of F, `d_eff` = sum of s / (s + lambda) over the eigenvalues s of F (how
-        many directions the damping leaves alive), and `form`: primal, dual, or zero (every row is zero)."""
-        return {key: dict(self._meta[key]) for key in self.index.widths}
+        """As `fisher.health` has it."""
+        return fisher.health(self.index, self.factors)
 
 
 def fit(
@@ -145,7 +144,7 @@ def list_fitted(index: RowSource) -> list[str]:
     that there were before others were appended.
     """
     mean = [] if datainf.fitted_lengths(index) is None else [datainf.NAME]
-    return [*sorted(_factored(index)), *sorted(bases(index)), *mean, *sorted(kron.fits(index))]
+    return [*sorted(fisher.fitted(index)), *sorted(bases(index)), *mean, *sorted(kron.fits(index))]
 
 
 def find(index: RowSource, name: str) -> AnyCurvature:
@@ -161,7 +160,7 @@ def find(index: RowSource, name: str) -> AnyCurvature:
     if kronname.parse(name) is not None:
         return _through_model(index, name, None)
     wanted = parse_name(name)
-    fitted = _factored(index) if wanted is None else bases(index)
+    fitted = fisher.fitted(index) if wanted is None else bases(index)
     basis = name if wanted is None else wanted.basis
     matching = [full for full in fitted if basis in (full, full.partition(":")[0])]
     if len(matching) != 1:
@@ -233,15 +232,3 @@ def _factor(index: RowSource, grams: Artifact, damping: Damping, device: torch.d
 
 def _form(rows: BlockRows) -> str:
     return "primal" if rows.num_rows >= rows.width else "dual"
-
-
-def _factored(index: RowSource) -> dict[str, Artifact]:
-    found = {}
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file == "manifest.json" and kind_of(folder) == "cholesky":
-            factors = Artifact.open(folder, "cholesky")
-            if factors.spec["index"] == index.digest:
-                found[f"fim:{factors.spec['damping']}"] = factors
-    return found

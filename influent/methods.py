@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from influent import ensemble as ensembles
-from influent import rowstore
+from influent import fisher, rowstore
 from influent.artifact import Artifact
 from influent.choosing import check_curvature, check_fit, check_steps, method_facts
 from influent.ensemble import Ensemble
@@ -235,18 +235,22 @@ def self_influence(
 
 def info(index: str) -> dict[str, Any]:
     """What an index holds, what it cost, what was skipped, and what was fitted to it."""
-    from influent import curvature as curvatures
-
     opened = Ensemble.open(index)
-    found = []
-    for member in opened.members:
-        fitted = [curvatures.describe(member, name) for name in curvatures.list_fitted(member)]
-        found.append({**rowstore.info(member), "curvatures": fitted})
+    found = [{**rowstore.info(member), "curvatures": _fitted(member)} for member in opened.members]
     if opened.artifact is None:
         return found[0]
     sums = {name: sum(each[name] for each in found) for name in ("bytes", "bytes_per_row", "shards", "catalog_bytes")}
     whole = {"path": opened.path, "digest": opened.digest, "skipped": opened.skipped, "members": len(found)}
     return {**found[0], **sums, **whole, "weights": list(opened.weights), "each": found}
+
+
+def _fitted(index: Index) -> list[dict[str, Any]]:
+    """What `info` lists; torch, which takes seconds to import, is there for what has numbers to be looked at."""
+    if (found := fisher.describe(index)) is not None:
+        return found
+    from influent import curvature as curvatures
+
+    return [curvatures.describe(index, name) for name in curvatures.list_fitted(index)]
 
 
 def verify(index: str) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Curvature: both routes equal the dense inverse; fits share the Gram matrix, resume, and give the same bits."""
 
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import oracle
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from small_index import random_rows, write_index
 
 from influent import curvature as curvature_module
+from influent import fisher
 from influent import gram as gram_module
 from influent.curvature import Damping, find, fit, list_fitted
 from influent.errors import CorruptError, DataError, InfluentError, MismatchError, NumericsError, SpecError
@@ -332,3 +336,20 @@ def test_all_blocks_are_solved_with_one_reading_of_what_was_fitted(tmp_path, mon
     for key in widths:
         fitted.solver(key)(torch.ones(1, 9))
     assert len(opened) == 1
+
+
+def test_fits_are_listed_without_torch(tmp_path):
+    """Which takes seconds to import: their records say all that is told of them."""
+    index = write_index(tmp_path / "index", random_rows(4, {"a": 9, "b": 2}))
+    fitted = [fit(index, damping=Damping.parse(damping)) for damping in ("relative:1", "absolute:2")]
+    script = (
+        "import json, sys; from influent import fisher; from influent.rowstore import Index; "
+        f"print(json.dumps(fisher.describe(Index.open({str(tmp_path / 'index')!r})))); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    told = {entry["name"]: entry["health"] for entry in json.loads(done.stdout)}
+    assert told == {curvature.name: curvature.health() for curvature in fitted}
+    assert sorted(told) == list_fitted(index)
+    fit(index, curvature="datainf", damping=Damping.parse("relative:1"))
+    assert fisher.describe(index) is None
