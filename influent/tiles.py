@@ -285,15 +285,18 @@ def bits_as_bytes(b: Value, x: Value, plane: int) -> Value:
     return b.call(fn, [x, ir.Constant(BYTES, [row - 256 if row > 127 else row for row in rows]), ir.Constant(I8, 0)])
 
 
-def _ask(made: _Loop, source: _Source, state: list[Value]) -> None:
-    """Memory is asked for what will be read soon: what it takes to answer is longer than to multiply a block."""
+def _asking(made: _Loop, source: _Source, state: list[Value]) -> list[Callable[[], None]]:
+    """What asks memory, line by line, for what will be read soon: its answer takes longer than a block."""
     b, (_, block, column, _) = made.b, state
     fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
     size = TILE_BLOCK * TILE_STEP[made.bits] * made.planes
     start = b.gep(block, [b.select(b.icmp_signed(">", source.size, integer(AHEAD)), source.size, integer(AHEAD))])
     start = b.gep(start, [b.mul(column, integer(size))])
-    for line in range(0, size, TILE_BYTES):
+
+    def one(line: int) -> None:
         b.call(fn, [b.gep(start, [integer(line)]), *(ir.Constant(I32, x) for x in (0, 2, 1))])
+
+    return [lambda line=line: one(line) for line in range(0, size, TILE_BYTES)]
 
 
 def _multiply(
@@ -348,12 +351,12 @@ def _sums(made: _Loop, rows: _Rows, into: _Into, held: Value, begins: Value) -> 
 
 def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> None:
     """A column of the block times its right tiles, each of which is loaded once, and the halves of the block in an
-    order that loads few of them anew; among the products are spread the stores of a column that comes later."""
+    order that loads few of them anew; among the products are spread the stores of a column that comes later, and what
+    asks memory for one after it."""
     b, at = made.b, state[0]
     now = b.gep(made.ring, [at])
     later = made.wrapped(b.add(at, integer(made.ahead * made.slot)))
-    _ask(made, source, state)
-    rows = _staging(made, source, state, b.gep(made.ring, [later]))
+    others = [_asking(made, source, state), _staging(made, source, state, b.gep(made.ring, [later]))]
     turns = list(itertools.product(range(made.planes), range(made.tiles), range(HALVES)))
     kind = "bfloat16" if made.bits == "bfloat16" else "int8"
     there = None
@@ -367,8 +370,9 @@ def _column(made: _Loop, source: _Source, right: Value, state: list[Value]) -> N
             tile_load(b, made.lefts[half], b.gep(now, [start]), integer(TILE_BYTES))
         there = plane, half
         tile_product(b, kind, half * made.tiles + tile, made.lefts[half], 7)
-        for row in rows[TILE_BLOCK * number // len(turns) : TILE_BLOCK * (number + 1) // len(turns)]:
-            row()
+        for each in others:
+            for one in each[len(each) * number // len(turns) : len(each) * (number + 1) // len(turns)]:
+                one()
 
 
 def _put(b: Value, x: Value, to: Value) -> None:
