@@ -75,6 +75,7 @@ class MatrixLine(NamedTuple):
     rounds: Any  # 1 if the pieces are one behind the other, else as many as pieces, tile by tile
     tiles: Any  # along v, of all pieces
     columns: Any  # tiles along u
+    twos: Any  # of which so many have two by two the even and the odd numbers of 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +177,7 @@ def _plan(shapes: "_Shapes", rank: int, count: int, together: int) -> _Plan:
     shape, numbers = _Shape(*shapes.blocks.T), np.arange(len(shapes.blocks))
     to, weight = count * (shape.tiles.cumsum() - shape.tiles), 8 * count * numbers
     tiles = shape.steps * shape.rounds
-    matrices = MatrixLine(4 * shape.a * shape.b, to, weight, *shape[:5], shape.rounds, tiles, shape.columns)
+    matrices = MatrixLine(4 * shape.a * shape.b, to, weight, *shape[:5], shape.rounds, tiles, shape.columns, shape.twos)
 
     most = np.maximum(together // shape.tiles, 1)
     parts = -(-count // most)
@@ -205,6 +206,7 @@ class _Shape(NamedTuple):
     steps: Any  # tiles of v
     rounds: Any  # of X that each of them meets
     columns: Any  # tiles across
+    twos: Any  # of them that have the even and the odd numbers of 32
     size_v: Any  # bytes of a side
     size_u: Any
     tiles: Any  # bytes of one query's tiles
@@ -220,10 +222,10 @@ def _shape(a: int, b: int, bits: str) -> _Shape:
     along, across = matrix[:2]
     (steps, rounds, apart), columns = _steps(along), -(-across // LANES)
     (size_v, wide_v), (size_u, wide_u) = _side(along, steps, bits), _side(across, -(-columns // 2), bits)
-    tiles = steps * rounds * columns * TILE
+    tiles, twos = steps * rounds * columns * TILE, 0 if bits == "int8" else columns & ~1
     order = _order(along, apart, steps, bits).ctypes.data if rounds == 1 else 0
     return _Shape(
-        *matrix, apart, int(swapped), steps, rounds, columns, size_v, size_u, tiles, wide_v, wide_u, order
+        *matrix, apart, int(swapped), steps, rounds, columns, twos, size_v, size_u, tiles, wide_v, wide_u, order
     )  # fmt: skip
 
 

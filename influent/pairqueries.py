@@ -75,13 +75,12 @@ def _power(b: Value, fn: Value, x: Value, count: Value) -> tuple[Value, Value]:
 
 
 def _numbers_of(b: Value, line: MatrixLine, x: Value, i: Value, column: Value, factor: Value) -> Value:
-    """factor x[i, j] for the sixteen j of a tile, zeros beyond the matrix: of two tiles the first has the even ones of
-    32, the second the odd ones, and the last of an odd number of tiles has those that are left one after the other."""
+    """factor x[i, j] for the sixteen j of a tile, zeros beyond the matrix: of the first `twos` tiles one has the even
+    ones of 32 and the next the odd ones; those after them have them one after the other."""
     inside, last = b.icmp_signed("<", i, line.a), b.sub(line.b, integer(1))
     first = b.mul(b.select(inside, i, integer(0)), line.along)
-    odd = b.and_(column, integer(1))
-    alone = b.icmp_signed("==", b.or_(column, integer(1)), line.columns)
-    start = b.mul(b.sub(column, odd), integer(LANES))
+    odd, alone = b.and_(column, integer(1)), b.icmp_signed(">=", column, line.twos)
+    start = b.mul(b.select(alone, column, b.sub(column, odd)), integer(LANES))
     vector = ir.Constant(ir.VectorType(F32, LANES), ir.Undefined)
     for lane in range(LANES):
         j = b.add(start, b.select(alone, integer(lane), b.add(odd, integer(2 * lane))))

@@ -2,7 +2,7 @@
 
 A tile is loaded at once from rows that begin where lines of the cache do, and slowly from others (docs/log.md), so that
 v is copied. A v of up to 64 numbers is written as often as X has pieces, one copy behind the other, where that fills
-fewer tiles than each piece by itself. u is read where it is stored, but of codes it is decoded, too. Needs
+fewer tiles than each piece by itself. u is read where it is stored; of int4 and sign it is decoded, too. Needs
 llvmlite, so nothing but compiled.py imports it, by way of pairtiles.py, where the products are.
 """
 
@@ -22,12 +22,13 @@ AHEAD = 2  # groups that memory is asked for before they are read
 WORDS = TILE_BYTES // 2  # numbers of a line of bfloat16
 TOGETHER, TURNS = 8, PAIRS // 8  # pairs that are brought at a time, and how often
 WORD = ir.VectorType(I16, WORDS)
-AT_ONCE = {"bfloat16": 128, "int8": 64, "int4": 32, "sign": 8}  # bytes of 64 numbers
-ONE = {"bfloat16": 64, "int8": 32, "int4": 0, "sign": 4}  # bytes of what is all in the first half of them
+AT_ONCE = {"bfloat16": 64, "int8": 32, "int4": 32, "sign": 4}  # bytes of 32 numbers, or of both halves of so many
+DECODED = ("int4", "sign")  # those whose u is decoded before products meet it
 
 
 class Sides(NamedTuple):
-    """Where 32 pairs are: v and u in bfloat16 with the bytes from pair to pair, and their scales."""
+    """Where 32 pairs are: v in bfloat16, and u, which of int8 is as it is stored, with the bytes from pair to pair, and
+    their scales."""
 
     v: Value
     size_v: Value
@@ -61,14 +62,13 @@ class Groups:
         line = self.line
         self._ask(group, turn)
         self._bring(group, turn, 0, line.wide_v, line.order)
-        if self.bits in PLANES:
+        if self.bits in DECODED:
             self._bring(group, turn, 1, line.wide_u, None)
 
     def of(self, group: Value) -> Sides:
-        line = self.line
-        if self.bits not in PLANES:
-            return Sides(self._room(group, 3), line.wide_v, self._read(group, 1), line.size_u, None)
-        return Sides(self._room(group, 3), line.wide_v, self._room(group, 4), line.wide_u, self._read(group, 2))
+        line, scale = self.line, self._read(group, 2) if self.bits in PLANES else None
+        u = (self._room(group, 4), line.wide_u) if self.bits in DECODED else (self._read(group, 1), line.size_u)
+        return Sides(self._room(group, 3), line.wide_v, *u, scale)
 
     def _room(self, group: Value, i: int) -> Value:
         b = self.b
@@ -110,8 +110,8 @@ class Groups:
             with then:
                 self._numbers(sides, size, rows)
             with otherwise:
-                one = b.icmp_signed("<=", size, integer(ONE[self.bits]))
-                with b.if_else(one) as (narrow, wider):
+                one = 0 if self.bits == "int4" else AT_ONCE[self.bits]
+                with b.if_else(b.icmp_signed("<=", size, integer(one))) as (narrow, wider):
                     with narrow:
                         self._ordered(sides, rows, address(b, order, I16), halves=1)
                     with wider:
@@ -133,20 +133,15 @@ class Groups:
                 store(b, x, b.gep(row, [b.mul(line, integer(TILE_BYTES))]))
 
     def _numbers(self, sides: list[Value], size: Value, rows: list[Value]) -> None:
-        """All numbers, 64 at a time: what a plane of int4 writes too far the next plane writes over."""
-        b, split = self.b, self.bits == "int4"
-        count = up(b, size, AT_ONCE[self.bits])
-        for plane in range(2 if split else 1):
+        """All numbers, 32 at a time: what a plane of int4 writes too far the next plane writes over."""
+        b, step = self.b, AT_ONCE[self.bits]
+        count = up(b, size, step)
+        for plane in range(PLANES.get(self.bits, 1)):
             with loop(b, self.fn, count) as number:
+                at = b.add(b.mul(number, integer(WORDS)), b.mul(size, integer(plane)))
                 for side, row in zip(sides, rows, strict=True):
-                    both = words(b, b.gep(side, [b.mul(number, integer(AT_ONCE[self.bits]))]), self.bits)
-                    if split:
-                        start = b.add(b.mul(number, integer(WORDS)), b.mul(size, integer(plane)))
-                        store(b, both[plane], b.gep(row, [b.mul(start, integer(2))]))
-                        continue
-                    for half, x in enumerate(both):
-                        at = b.add(b.mul(number, integer(2 * TILE_BYTES)), integer(half * TILE_BYTES))
-                        store(b, x, b.gep(row, [at]))
+                    x = words(b, b.gep(side, [b.mul(number, integer(step))]), self.bits)[plane]
+                    store(b, x, b.gep(row, [b.mul(at, integer(2))]))
 
 
 def words(b: Value, side: Value, bits: str) -> tuple[Value, Value]:

@@ -21,6 +21,7 @@ from .pairprograms import HELD, PAIRS, STATE, TILE, PairLine
 from .pairsides import TURNS, Groups, Sides
 
 GROUP = PAIRS // TILE_ROWS  # tiles of pairs that share what is loaded of X
+WIDTH = {"bfloat16": 2, "int8": 1, "int4": 2, "sign": 2}  # bytes of a number of u where products meet it
 UPPER = 0xFFFF0000  # bits of the second of two numbers of bfloat16
 COLUMNS = HELD // (GROUP * TILE)  # tiles of columns of X whose products are held before u meets them
 
@@ -65,14 +66,14 @@ def pairs(bits: str) -> str:
                         with b.if_then(brings), _part(b, fn, TURNS, column, line.columns) as turn:
                             groups.bring(following, turn)
                         with _part(b, fn, GROUP, j, several) as tile:
-                            later.meet(fn, tile, packed=sides.scale is not None)
+                            later.meet(fn, tile, bits)
                         for tile in range(GROUP):
                             place = _slot(b, held, b.add(b.mul(j, integer(GROUP)), integer(tile)))
                             tile_store(b, tile, place, integer(TILE_BYTES))
-                    later.put(held, b.gep(sides.u, [b.mul(start, integer(2 * LANES))]), sides, several, weight,
-                              b.gep(out, [row]))  # fmt: skip
+                    u = b.gep(sides.u, [b.mul(start, integer(WIDTH[bits] * LANES))])
+                    later.put(held, u, sides, several, weight, b.gep(out, [row]))
         with loop(b, fn, integer(GROUP)) as tile:
-            later.meet(fn, tile, packed=bits != "bfloat16")
+            later.meet(fn, tile, bits)
         later.clear()
     tiles_end(b)
     return finished(b)
@@ -167,49 +168,50 @@ class _Later:
         for name, x in zip(self.FIELDS, given, strict=True):
             b.store(x, self._field(name))
 
-    def meet(self, fn: Value, tile: Value, *, packed: bool) -> None:
+    def meet(self, fn: Value, tile: Value, bits: str) -> None:
         """out += weight scale <products, u> of sixteen pairs."""
         b = self.b
         held, u, scale, out = (self._load(x, of) for x, of in (("held", I8), ("u", I8), ("scale", I8), ("out", F64)))
         size_u, count, weight = (self._load(x, None) for x in ("size_u", "count", "weight"))
         first = b.mul(tile, integer(TILE_ROWS))
-        sums = _sums(b, fn, b.gep(u, [b.mul(size_u, first)]), size_u, held, tile, count)
-        scale = b.gep(b.bitcast(scale, pointer(I16)), [first]) if packed else None
+        sums = _sums(b, fn, bits, b.gep(u, [b.mul(size_u, first)]), size_u, held, tile, count)
+        scale = b.gep(b.bitcast(scale, pointer(I16)), [first]) if bits != "bfloat16" else None
         _add(b, sums, b.bitcast(weight, F64), scale, b.gep(out, [first]))
 
 
-def _sums(b: Value, fn: Value, u: Value, size_u: Value, held: Value, tile: Value, count: Value) -> Value:
+def _sums(b: Value, fn: Value, bits: str, u: Value, size_u: Value, held: Value, tile: Value, count: Value) -> Value:
     """<what is held, u> of sixteen pairs over `count` tiles of columns: of two of them the first has what meets the
-    even numbers of u, so that no numbers need to be moved."""
+    even numbers of u, so that no numbers need to be moved, but not of int8."""
 
     def two(state: list[Value]) -> list[Value]:
         number, u, *sums = state
         at = [b.bitcast(_slot(b, held, b.add(number, integer(k))), pointer(F32)) for k in (0, GROUP)]
         for pair in range(TILE_ROWS):
             both = load(b, b.gep(u, [b.mul(size_u, integer(pair))]), I32, integer(0), align=1)
-            for place, half in zip(
-                at, (b.shl(both, all_lanes(I32, 16)), b.and_(both, all_lanes(I32, UPPER))), strict=True
-            ):
-                sums[pair] = _plus(b, sums[pair], load(b, place, F32, integer(pair * LANES), align=64), half)
+            halves = (b.shl(both, all_lanes(I32, 16)), b.and_(both, all_lanes(I32, UPPER)))
+            for place, half in zip(at, halves, strict=True):
+                y = b.bitcast(half, ZERO.type)
+                sums[pair] = _plus(b, sums[pair], load(b, place, F32, integer(pair * LANES), align=64), y)
         return [b.add(number, integer(2 * GROUP)), b.gep(u, [integer(4 * LANES)]), *sums]
 
     def one(state: list[Value]) -> list[Value]:
         number, u, *sums = state
         at = b.bitcast(_slot(b, held, number), pointer(F32))
         for pair in range(TILE_ROWS):
-            side = b.bitcast(b.gep(u, [b.mul(size_u, integer(pair))]), pointer(I16))
-            numbers = b.zext(load(b, side, I16, integer(0), align=1), ir.VectorType(I32, LANES))
-            half = b.shl(numbers, all_lanes(I32, 16))
-            sums[pair] = _plus(b, sums[pair], load(b, at, F32, integer(pair * LANES), align=64), half)
-        return [number, u, *sums]
+            side = b.gep(u, [b.mul(size_u, integer(pair))])
+            x = load(b, at, F32, integer(pair * LANES), align=64)
+            y = b.sitofp(load(b, side, I8, integer(0), align=1), ZERO.type) if bits == "int8" else _wide(b, side)
+            sums[pair] = _plus(b, sums[pair], x, y)
+        return [b.add(number, integer(GROUP)), b.gep(u, [integer(WIDTH[bits] * LANES)]), *sums]
 
-    state = repeat(b, fn, b.lshr(count, integer(1)), [tile, u, *[ZERO] * TILE_ROWS], two)
-    return _across(b, repeat(b, fn, b.and_(count, integer(1)), state, one)[2:])
+    state = [tile, u, *[ZERO] * TILE_ROWS]
+    if bits != "int8":
+        state = repeat(b, fn, b.lshr(count, integer(1)), state, two)
+        count = b.and_(count, integer(1))
+    return _across(b, repeat(b, fn, count, state, one)[2:])
 
 
-def _plus(b: Value, total: Value, x: Value, bits: Value) -> Value:
-    """total + x y, the bits those of y."""
-    y = b.bitcast(bits, x.type)
+def _plus(b: Value, total: Value, x: Value, y: Value) -> Value:
     return b.fadd(total, b.fmul(x, y, flags=["contract"]), flags=["contract"])
 
 
