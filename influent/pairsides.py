@@ -60,7 +60,7 @@ class Groups:
     def bring(self, group: Value, turn: Value) -> None:
         """One of TURNS parts of the group is made ready."""
         line = self.line
-        self._ask(group, turn)
+        self._ask(line, self.b.add(group, integer(AHEAD)), turn)
         self._bring(group, turn, 0, line.wide_v, line.order)
         if self.bits in DECODED:
             self._bring(group, turn, 1, line.wide_u, None)
@@ -88,11 +88,17 @@ class Groups:
         room, here, inside = self._place(group, i)
         return self.b.select(inside, here, room)
 
-    def _ask(self, group: Value, turn: Value) -> None:
+    def foresee(self, following: PairLine) -> None:
+        """Memory is asked for the groups that another block begins with."""
+        for i in range(AHEAD):
+            with loop(self.b, self.fn, integer(TURNS)) as turn:
+                self._ask(following, integer(i), turn)
+
+    def _ask(self, line: PairLine, group: Value, turn: Value) -> None:
         """Memory is asked for what will be read soon: groups begin in pages that the processor does not foresee."""
         b = self.b
-        first = b.add(b.mul(b.add(group, integer(AHEAD)), integer(PAIRS)), b.mul(turn, integer(TOGETHER)))
-        for start, size in self.stored[:2]:
+        first = b.add(b.mul(group, integer(PAIRS)), b.mul(turn, integer(TOGETHER)))
+        for start, size in ((line.v, line.size_v), (line.u, line.size_u)):
             here = b.gep(address(b, start, I8), [b.mul(first, size)])
             with loop(b, self.fn, up(b, b.mul(size, integer(TOGETHER)), TILE_BYTES)) as number:
                 ask(b, b.gep(here, [b.mul(number, integer(TILE_BYTES))]))

@@ -44,6 +44,8 @@ def pairs(bits: str) -> str:
     with loop(b, fn, lines) as number:
         line = line_of(b, table, number, PairLine)
         groups, count = Groups(b, fn, line, n, b.gep(space, [integer(STATE + 2 * HELD)]), bits), up(b, n, PAIRS)
+        next_ = least(b, b.add(number, integer(1)), b.sub(lines, integer(1)))
+        groups.foresee(line_of(b, table, next_, PairLine))
         groups.begin(integer(0))
         with loop(b, fn, integer(TURNS)) as turn:
             groups.bring(integer(0), turn)
