@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from environment import save
 
@@ -47,6 +48,7 @@ SHAPES = ((36, 36), (36, 96), (64, 64))
 CUTS = (4, 8)
 ROW_QUERIES = 1 << 15  # scores made by one timed call, at most
 WIDTH, ROW_BYTES = 4096, 1 << 23
+BLOCKS = 16  # of pairs, each a sixteenth of the bytes, which a program scores in one call as those of an index
 BITS, DECODE = (*FLOATS, *PER_BYTE), "decode_ns_per_number"
 CODEC_QUERIES = (1, 4, 16, 64)
 
@@ -119,9 +121,10 @@ def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int
     """What is timed of rows of pairs of one codec: (name, bytes, call)."""
     (a, b), width = factors, factors[0] * factors[1]
     size = codec.row_bytes(width, factors)
-    num_rows = max(1, (ROW_BYTES >> 4) // size // 256) * 256
+    num_rows = max(1, ROW_BYTES // BLOCKS // size // 256) * 256
     some = encode(codec, torch.randn(256, width), factors, key="k").tensors
     tensors = {name: x.repeat(num_rows // 256, *[1] * (x.ndim - 1)) for name, x in some.items()}
+    several = [{name: x.clone() for name, x in tensors.items()} for _ in range(BLOCKS)]
     step = FETCH_NUMBERS // (codec.rank or 1) // (a + b)  # as score cuts them
     for num_queries in CODEC_QUERIES[:3]:
         asked = prepare(torch.randn(num_queries, width), factors, None)
@@ -143,15 +146,21 @@ def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int
         if codec.packed and compiled.usable():
             yield f"plain {num_queries}", num_rows * size, plain
         if compiled.tiles_usable():
-            program = PairProgram.of(["k"], [asked.whole], [factors], rank=codec.rank or 1, bits=codec.bits)
-            yield f"tiles {num_queries}", num_rows * size, by_program(program, num_queries, tensors)
+            blocks = [f"k{i}" for i in range(BLOCKS)]
+            queries = [asked.whole] * BLOCKS
+            program = PairProgram.of(blocks, queries, [factors] * BLOCKS, rank=codec.rank or 1, bits=codec.bits)
+            yield f"tiles {num_queries}", BLOCKS * num_rows * size, by_program(program, num_queries, several)
 
 
-def by_program(program: Program, num_queries: int, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
+def by_program(program: Program, num_queries: int, blocks: Sequence[dict[str, torch.Tensor]]) -> Callable[[], None]:
     """All rows' scores in one call."""
-    names = ("k", "k.scale") if "k" in tensors else ("k.v", "k.u", "k.scale")
-    scores = torch.zeros(num_queries, len(tensors[names[0]]), dtype=torch.float64)
-    return lambda: program.add(scores, np.array([[tensors[x].data_ptr() if x in tensors else 0 for x in names]]))
+    names = ("k", "k.scale") if "k" in blocks[0] else ("k.v", "k.u", "k.scale")
+    scores = torch.zeros(num_queries, len(blocks[0][names[0]]), dtype=torch.float64)
+
+    def run() -> None:  # which holds the blocks whose addresses it gives
+        program.add(scores, np.array([[x[name].data_ptr() if name in x else 0 for name in names] for x in blocks]))
+
+    return run
 
 
 def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -203,7 +212,7 @@ def ways(bits: str) -> list[tuple[str, Callable[[], object]]]:
             found.append((f"{name} {num_queries}", each(add)))
         if bits in TILED and compiled.tiles_usable():
             program = DenseProgram.of(["k"], [q], bits)
-            found.append((f"tiles {num_queries}", by_program(program, num_queries, tensors)))
+            found.append((f"tiles {num_queries}", by_program(program, num_queries, [tensors])))
     return found
 
 
