@@ -16,7 +16,7 @@ Not here: the loop (pairtiles.py), which blocks it is for (kernels.py).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,7 +237,7 @@ def _side(side: int, lines: int, bits: str) -> tuple[int, int]:
     return -(-side // packed) if packed else 2 * side, LINE * (max(lines, 2 * -(-side // 64) + 1) | 1)
 
 
-@lru_cache(maxsize=256)
+@cache  # never let go: tables hold its address
 def _order(side: int, apart: int, lines: int, bits: str) -> np.ndarray:
     """Which of 64 numbers are written one after the other, lines of 32, to have a side as often as X has pieces; then
     of each line the bits that say which are of the second 32. Those of int4 are in the upper halves of bytes."""
