@@ -7,8 +7,6 @@ not: download, or decide for private names: where a token is set up, the loader 
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +43,9 @@ def _refusal(name: str, kind: str) -> str | None:
     """Why there is no such name, or None when there may be."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
         return "HF_HUB_OFFLINE is set and it is not in the cache"
+    import urllib.error  # a sixth of what `influent --help` takes, were it imported with this module
+    import urllib.request
+
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     request = urllib.request.Request(f"{endpoint}/api/{kind}/{name}", method="HEAD")
     try:
