@@ -57,7 +57,7 @@ OTHER = ("dense:int8", "dense:int4", "dense:sign", "rank:4:int8", "rank:8:sign")
 # projection with the seeds.
 RANDOM_RANKS = {64: (1, 4, 8, 16), 32: (1, 4, 8, 12, 14, 15), 16: (1, 4, 6, 7)}
 LEARNED_RANKS = {64: (1, 2, 4, 8, 16), 32: (1, 2, 4, 8, 12), 16: (1, 2, 4, 6, 7)}
-SAME_WIDTH = {"gauss": (RANDOM_RANKS, SEEDS), "whiten 1/2": (LEARNED_RANKS, SEEDS), "pca": (LEARNED_RANKS, SEEDS[:1])}
+SAME_WIDTH = {"gauss": (RANDOM_RANKS, SEEDS), "whiten 1/2": (LEARNED_RANKS, SEEDS), "pca": (LEARNED_RANKS, SEEDS)}
 LEARNED = tuple(name for name, text in PROJECTIONS.items() if re.match("(pca|whiten):.*x", text))
 # Projections, codecs, seeds and budgets, the most important first. A learned basis's seed draws its sample.
 GROUPS: tuple[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[int]], ...] = (

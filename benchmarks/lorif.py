@@ -5,8 +5,9 @@ and cut to rank c as LoRIF does. LoGRA's curvature is the exact Fisher matrix; L
 exact one of the same rows is what its scores are compared with. Query time is split: `solve` preconditions the
 queries' gradients, `score` runs over the rows, once with the shards in the page cache and checked ("memory"), once
 opened anew with nothing cached ("disk", the check of the hashes included). Times from memory are CPU time of the one
-thread, because the machine may be busy, with the loops of `influent[fast]` and without them. Making the queries'
-gradients costs the same for all and is left out. Every stage is kept under --work: interrupted, it resumes.
+thread, because the machine may be busy, with the loops of `influent[fast]` and without them; ratios are of times taken
+in turns. Making the queries' gradients costs the same for all and is left out. Every stage is kept under --work:
+interrupted, it resumes.
 
     python benchmarks/lorif_rows.py --work DIR && python benchmarks/lorif.py --work DIR
 """
@@ -45,6 +46,7 @@ TRUNCATED = ("rank:1:bfloat16", "rank:4:bfloat16", "rank:8:bfloat16")
 FITTED_AT_16 = ("float32", "bfloat16", "rank:1:bfloat16")  # its fits take minutes; the others' bytes
 QUERIED = ("bfloat16", *TRUNCATED, "rank:1:int8", "rank:4:int4")
 COUNTS = (1, 16, 256)
+BESIDE = {"bfloat16": 1, "rank:1:bfloat16": 3, "rank:1:int8": 3}  # what is timed in turns, and calls of a turn
 DAMPING = Damping.parse("relative:1")
 SHARD_ROWS = 2048
 
@@ -68,6 +70,7 @@ def main() -> None:
         if "query" in stages:
             for codec in (c for c in QUERIED if place(work, f, c).joinpath("manifest.json").exists()):
                 kept(work, f"query {f} {codec}", lambda f=f, codec=codec: query(work, f, codec))
+            kept(work, f"beside {f}", lambda f=f: beside(work, f))
     if stages == ["report"]:
         report(work)
 
@@ -209,6 +212,33 @@ def query(work: Path, f: int, codec: str) -> list[dict[str, Any]]:
     return found
 
 
+def beside(work: Path, f: int) -> dict[str, Any]:
+    """Seconds of one query of rows of each codec, in turns, since the clock of the machine wanders: of each round the
+    least of a few calls, from memory (CPU time) and from disk (wall time)."""
+    indexes, asked = {codec: Index.open(place(work, f, codec)) for codec in BESIDE}, queries(work, f, 1)
+
+    def memory(codec: str) -> float:
+        return min(timed(lambda: top(indexes[codec], asked))[1] for _ in range(BESIDE[codec]))
+
+    def plain(codec: str) -> float:
+        with without_loops():
+            return memory(codec)
+
+    def disk(codec: str) -> float:
+        forget(place(work, f, codec))
+        return timed(lambda: top(Index.open(place(work, f, codec)), asked))[0]
+
+    for index in indexes.values():
+        top(index, asked)  # whose shards are then checked
+    ways = {"memory": (memory, 15), "memory, PyTorch": (plain, 5), "disk": (disk, 5)}
+    return {way: rounds(run, count) for way, (run, count) in ways.items()}
+
+
+def rounds(run: Callable[[str], float], count: int) -> dict[str, list[float]]:
+    each = [{codec: run(codec) for codec in BESIDE} for _ in range(count)]
+    return {codec: [one[codec] for one in each] for codec in BESIDE}
+
+
 def damping_of(f: int, kind: str) -> Damping:
     """That of the fit which is there: the time does not depend on it."""
     return Damping.parse("relative:0.1") if f == 16 and kind == "fim" else DAMPING
@@ -252,9 +282,11 @@ def report(work: Path) -> None:
             stage = {what: read(work, f"{what} {f} {codec}") for what in ("encode", "fit", "query")}
             results.append({"f": f, "store": name, "rows": codec, **stage})
     agreement = {f"f={f}": read(work, f"agree {f}") for f in lorif_rows.FACTORS}
+    turns = {f"f={f}": read(work, f"beside {f}") for f in lorif_rows.FACTORS}
     save("lorif", {
         "model": "SmolLM2-135M-Instruct", "data": "BBC news, 64 tokens a row", "damping": str(DAMPING),
         "curvature": {"LoGRA": "fim", "LoRIF": "lowrank, default rank"}, "results": results, "spearman": agreement,
+        "one query in turns": turns,
     })  # fmt: skip
 
 

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,14 @@ def lorif() -> str:
 
 def _gains(found: dict[str, Any], f: int) -> list[str]:
     """How rank-1 rows compare with LoGRA's bfloat16 rows at the same projections, in bytes and in a query's time."""
-    rows = {r["store"]: r for r in found["results"] if r["f"] == f and r["query"] is not None}
-    dense, parts = rows["LoGRA bfloat16"], []
-    for name in ("LoRIF c=1", "LoRIF c=1 int8"):
-        if name in rows:
-            size = dense["encode"]["bytes_per_row"] / rows[name]["encode"]["bytes_per_row"]
-            places = "disk", "memory", "memory, PyTorch"
-            gains = " | ".join(f"{dense['query'][0][place] / rows[name]['query'][0][place]:.1f}" for place in places)
-            parts.append(f"| f = {f}, {name} | {size:.1f} | {gains} |")
+    size = {r["store"]: r["encode"]["bytes_per_row"] for r in found["results"] if r["f"] == f}
+    turns, parts = found["one query in turns"][f"f={f}"], []
+    for name, codec in (("LoRIF c=1", "rank:1:bfloat16"), ("LoRIF c=1 int8", "rank:1:int8")):
+        gains = []
+        for place in ("disk", "memory", "memory, PyTorch"):
+            both = zip(turns[place]["bfloat16"], turns[place][codec], strict=True)
+            gains.append(f"{statistics.median(dense / ours for dense, ours in both):.1f}")
+        parts.append(f"| f = {f}, {name} | {size['LoGRA bfloat16'] / size[name]:.1f} | {' | '.join(gains)} |")
     return parts
 
 
