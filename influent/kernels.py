@@ -30,7 +30,7 @@ LONGEST_SUM = 1 << 16  # float32 sums drift beyond this length: longer ones are 
 BETWEEN, WHOLE, CUT, FORM = 1.0, 0.75, 0.9, 14.0
 LOOP = 0.45  # a product between pairs in codes by a compiled loop, which takes two calls
 CALL, CUT_CALL = 400, 200  # what a pair and query take besides, in products: sums of short rows
-TILES = 20.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
+TILES = 30.0  # what a pair takes of matrix tiles, where there are any, for each of `pairprograms.work`
 
 TILED = ("bfloat16", "int8", "int4", "sign")  # what the programs with tiles read
 # The most queries of dense bfloat16 rows, which then are hardly faster than float32 ones; rows in codes are
