@@ -5,7 +5,7 @@ between a row's pairs, `whole` forms the rows, `cut:K` is for queries of rank K,
 dense rows, as many bytes of each codec: nanoseconds per number and per stored byte for N queries, `unpack N` through
 float32, `digits N` and `compiled N` on the integer codes, `tiles N` on the processor's matrix tiles, and `score N` as
 `score` chooses without tiles. Of pairs, as many bytes of each codec, too: `tiles N`, `score N` without them, and `plain
-N` without compiled loops.
+N` without compiled loops. Dense rows of the same bytes in all codecs: nanoseconds a row and layer.
 `python benchmarks/kernels.py [--repeats 3]`
 """
 
@@ -51,6 +51,7 @@ WIDTH, ROW_BYTES = 4096, 1 << 23
 BLOCKS = 16  # of pairs, each a sixteenth of the bytes, which a program scores in one call as those of an index
 BITS, DECODE = (*FLOATS, *PER_BYTE), "decode_ns_per_number"
 CODEC_QUERIES = (1, 4, 16, 64)
+SIZES = (32, 128, 512)  # bytes of a row in one layer: LoGRA's 4, 8 and 16 a side in bfloat16
 
 
 def main() -> None:
@@ -62,8 +63,10 @@ def main() -> None:
     rows = [kernels(shape, rank, queries, repeats) for shape, rank, queries in grid]
     decoded = codecs(repeats)
     packed = [row for shape in SHAPES for rank in RANKS[:2] for row in pairs(shape, rank, repeats)]
+    equal = [row for size in SIZES for row in same_bytes(size, repeats)]
     # Other work on the machine shows in the larger figures; the ratios of neighbours are what the switch rests on.
-    save("kernels", {"load": os.getloadavg()[0], "kernels": rows, "decoding": decoded, "pairs": packed})
+    found = {"kernels": rows, "decoding": decoded, "pairs": packed, "rows of the same bytes": equal}
+    save("kernels", {"load": os.getloadavg()[0], **found})
 
 
 def least(call: Callable[[], object], repeats: int) -> float:
@@ -150,6 +153,25 @@ def pair_ways(codec: Codec, factors: tuple[int, int]) -> Iterator[tuple[str, int
             queries = [asked.whole] * BLOCKS
             program = PairProgram.of(blocks, queries, [factors] * BLOCKS, rank=codec.rank or 1, bits=codec.bits)
             yield f"tiles {num_queries}", BLOCKS * num_rows * size, by_program(program, num_queries, several)
+
+
+def same_bytes(size: int, repeats: int) -> list[dict[str, Any]]:
+    """Dense rows that take as many bytes of each codec, of BLOCKS layers in one call: nanoseconds a row and layer."""
+    found = [{"bytes": size, "bits": bits} for bits in ("bfloat16", *PER_BYTE)] if compiled.tiles_usable() else []
+    num_rows, timed = ROW_BYTES // BLOCKS // size, []
+    for into in found:
+        bits = into["bits"]
+        width = size // FLOATS[bits] if bits in FLOATS else size * PER_BYTE[bits]
+        some = encode(Codec(None, bits), torch.randn(256, width), None, key="k").tensors
+        repeated = {name: x.repeat(num_rows // 256, *[1] * (x.ndim - 1)) for name, x in some.items()}
+        blocks = [{name: x.clone() for name, x in repeated.items()} for _ in range(BLOCKS)]
+        for num_queries in CODEC_QUERIES[:3]:
+            q = [torch.randn(num_queries, width) for _ in blocks]
+            program = DenseProgram.of([str(i) for i in range(BLOCKS)], q, bits)
+            timed.append((into, f"tiles {num_queries}", by_program(program, num_queries, blocks)))
+    for (into, name, _), seconds in zip(timed, in_turn([call for *_, call in timed], repeats), strict=True):
+        into[name] = round(1e9 * seconds / num_rows / BLOCKS, 2)
+    return found
 
 
 def by_program(program: Program, num_queries: int, blocks: Sequence[dict[str, torch.Tensor]]) -> Callable[[], None]:
