@@ -8,7 +8,7 @@ normative.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .digests import canonical_json, difference, digest, hash_bytes, hash_object
@@ -260,6 +260,15 @@ def kind_of(store: Store) -> str:
     if not store.exists("manifest.json"):
         raise FormatError(f"{store}: not a finished artifact: there is no manifest.json in it")
     return str(_read_json(store, "manifest.json").get("kind"))
+
+
+def finished(store: Store, under: str) -> Iterator[tuple[Store, str]]:
+    """The folders of finished artifacts under a name such as `curvature/`, and the kind of each."""
+    for name in store.names(under):
+        path, _, file = name.rpartition("/")
+        if file == "manifest.json":
+            folder = store.child(path)
+            yield folder, kind_of(folder)
 
 
 def _redo(*names: str) -> str:

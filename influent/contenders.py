@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from influent import baselines
-from influent.artifact import Artifact, kind_of
+from influent.artifact import Artifact, finished
 from influent.curvature import list_fitted
 from influent.digests import digest
 from influent.ensemble import Ensemble
@@ -165,13 +165,11 @@ def forget(index: Index, before: Sequence[str], keep: str) -> None:
     More than one fit in an index would make a later query without a damping ambiguous.
     """
     extra = set(list_fitted(index)) - {*before, keep}
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file != "manifest.json" or kind_of(folder) != "cholesky":
+    for folder, kind in finished(index.store, "curvature/"):
+        if kind != "cholesky":
             continue
         factors = Artifact.open(folder, "cholesky")
         if factors.spec["index"] == index.digest and f"fim:{factors.spec['damping']}" in extra:
-            folder.delete(file)  # the commit first: no reader then finds half of it
+            folder.delete("manifest.json")  # the commit first: no reader then finds half of it
             for other in folder.names():
                 folder.delete(other)

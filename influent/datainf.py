@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .artifact import Artifact, digest, kind_of
+from .artifact import Artifact, digest, finished
 from .damping import DEFAULT, Damping
 from .errors import NumericsError
 from .fitting import Compute, Health, Solver, block_rows, write_blocks
@@ -111,10 +111,8 @@ def find_datainf(index: RowSource, name: str) -> DataInf | None:
 
 def fitted_lengths(index: RowSource) -> Artifact | None:
     """The finished artifact of these rows' lengths, if it is there."""
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file == "manifest.json" and kind_of(folder) == KIND:
+    for folder, kind in finished(index.store, "curvature/"):
+        if kind == KIND:
             found = Artifact.open(folder, KIND)
             if found.spec["index"] == index.digest:
                 return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact, kind_of
+from .artifact import Artifact, finished
 
 if TYPE_CHECKING:
     from .gram import RowSource
@@ -20,10 +20,8 @@ KINDS = {"gram", FACTORS, "self-influence"}  # of what such a fit leaves, and wh
 def fitted(index: RowSource | Index) -> dict[str, Artifact]:
     """The factors of each, by name: `fim:` and the damping."""
     found = {}
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file == "manifest.json" and kind_of(folder) == FACTORS:
+    for folder, kind in finished(index.store, "curvature/"):
+        if kind == FACTORS:
             factors = Artifact.open(folder, FACTORS)
             if factors.spec["index"] == index.digest:
                 found[f"fim:{factors.spec['damping']}"] = factors
@@ -39,7 +37,6 @@ def health(index: RowSource | Index, factors: Artifact) -> dict[str, dict[str, A
 
 def describe(index: RowSource | Index) -> list[dict[str, Any]] | None:
     """`{"name", "health"}` of all that was fitted, as `curvature.describe` has them; None if there are other kinds."""
-    names = [name for name in index.store.names("curvature/") if name.rpartition("/")[2] == "manifest.json"]
-    if not KINDS.issuperset(kind_of(index.store.child(name.rpartition("/")[0])) for name in names):
+    if not KINDS.issuperset(kind for _, kind in finished(index.store, "curvature/")):
         return None
     return [{"name": name, "health": health(index, factors)} for name, factors in sorted(fitted(index).items())]

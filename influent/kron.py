@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influent.artifact import Artifact, ArtifactWriter, digest, kind_of
+from influent.artifact import Artifact, ArtifactWriter, digest, finished
 from influent.bind import Bound
 from influent.damping import DEFAULT, Damping
 from influent.errors import LayerError, NumericsError, SpecError
@@ -371,10 +371,8 @@ def fits(index: RowSource) -> dict[str, Fitted]:
     """The finished fits to the present rows, by name."""
     found: dict[str, Artifact] = {}
     corrections: dict[str, Artifact] = {}
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file == "manifest.json" and (kind := kind_of(folder)) in (FACTORS, CORRECTED):
+    for folder, kind in finished(index.store, "curvature/"):
+        if kind in (FACTORS, CORRECTED):
             artifact = Artifact.open(folder, kind)
             if artifact.spec["index"] == index.digest:
                 (found if kind == FACTORS else corrections)[artifact.spec.get("factors", artifact.digest)] = artifact

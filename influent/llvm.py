@@ -129,6 +129,14 @@ def up(b: Value, x: Value, by: int) -> Value:
     return b.sdiv(b.add(x, integer(by - 1)), integer(by))
 
 
+def masked_load(b: Value, at: Value, mask: Value, kind: Value, *, align: int) -> Value:
+    """A vector from memory where the mask is set, zeros elsewhere, where nothing is read."""
+    number = {F32: "f32", F64: "f64"}.get(kind.element) or str(kind.element)
+    given = [b.bitcast(at, pointer(kind)), ir.Constant(I32, align), mask, ir.Constant(kind, [0] * kind.count)]
+    name = f"llvm.masked.load.v{kind.count}{number}.p0"
+    return b.call(declared(b, name, kind, [x.type for x in given]), given)
+
+
 def ask(b: Value, place: Value) -> None:
     """Memory is asked for the line there, which may be beyond what there is."""
     fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])

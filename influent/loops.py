@@ -13,7 +13,7 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 from .compiled import LANES, PAIRS, PLANES, STEP
 from .llvm import (
     F32, F64, I1, I8, I16, I32, I64, ZERO, Value, all_lanes, finished, function, integer, load, loop, pointer, repeat,
-    spread, store, total,
+    spread, store, total, up,
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def between(bits: str, width: int) -> str:
     side = [pointer(I8), I64]
     fn, b = function("between", [*side, *side, I64, pointer(F32), I64, I64, I64, pointer(F32), I64, pointer(F64)])
     v, size_v, u, size_u, n, x, a, wide, first_column, space, pad, out = fn.args
-    with loop(b, fn, b.sdiv(b.add(n, integer(PAIRS - 1)), integer(PAIRS))) as group:
+    with loop(b, fn, up(b, n, PAIRS)) as group:
         inputs, outputs, places = [], [], []
         for k in range(PAIRS):
             number = b.add(b.mul(group, integer(PAIRS)), integer(k))
@@ -126,7 +126,7 @@ def _unpack_steps(b: Value, fn: Value, codes: Value, size: Value, to: Value, bit
     """The numbers of one side as float32, in whole steps: what a plane writes too far the next plane writes over."""
     step = STEP[bits]
     for plane in range(PLANES[bits]):
-        with loop(b, fn, b.sdiv(b.add(size, integer(step - 1)), integer(step))) as i:
+        with loop(b, fn, up(b, size, step)) as i:
             x = _numbers(b, decode(b, codes, b.mul(i, integer(step)), bits)[plane])
             store(b, x, b.gep(to, [b.add(b.mul(i, integer(LANES)), b.mul(size, integer(plane)))]))
 

@@ -129,7 +129,7 @@ class PairProgram:
         out = torch.zeros(table.count, apart, dtype=torch.float64)
         space = np.zeros(STATE + 2 * HELD + 15 * self.shapes.room + LINE, np.uint8)
         loop("pairs", self.bits)(
-            lines.ctypes.data, len(lines), count, out.data_ptr(), apart, -(-space.ctypes.data // LINE) * LINE
+            lines.ctypes.data, len(lines), count, out.data_ptr(), apart, _aligned(space.ctypes.data)
         )  # fmt: skip
         found = out.numpy()[:, :count]
         # NumPy, since PyTorch's modes are a thread's own, and its threads would be started by each of ours.
@@ -152,7 +152,7 @@ class _Table:
         plan = _plan(shapes, rank, count, MATRICES)
         tiles = torch.empty(64 + count * shapes.size, dtype=torch.uint8)
         weights = torch.empty(len(queries), count, dtype=torch.float64)
-        held = np.array([_aligned(tiles), weights.data_ptr()])
+        held = np.array([_aligned(tiles.data_ptr()), weights.data_ptr()])
         matrices, lines = plan.matrices.copy(), plan.lines.copy()
         matrices[:, 0] = lo * plan.matrices[:, 0] + [x.data_ptr() for x in queries]
         matrices[:, 1:3] += held
@@ -277,9 +277,9 @@ def _shapes(factors: tuple[Factors, ...], bits: str) -> _Shapes:
     return _Shapes(blocks, int(shape.tiles.sum()), PAIRS * int(max(shape.wide_v.max(), shape.wide_u.max())) + SLACK)
 
 
-def _aligned(x: Tensor) -> int:
-    """The address of the first byte that begins a line of the cache."""
-    return -(-x.data_ptr() // 64) * 64
+def _aligned(address: int) -> int:
+    """The next one that begins a line of the cache."""
+    return -(-address // LINE) * LINE
 
 
 def work(a: int, b: int) -> int:

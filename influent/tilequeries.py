@@ -10,8 +10,8 @@ from llvmlite import ir  # noqa: I001  # pyright: ignore[reportMissingImports]
 
 from .compiled import TILE_BASE, TILE_FEW, TILE_LINE, TILE_PIECES
 from .llvm import (
-    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, declared, finished, function, integer, loop, over, pointer, repeat,
-    spread,
+    F32, F64, I8, I16, I32, I64, TILE_ROWS, Value, declared, finished, function, integer, least, loop, masked_load,
+    over, pointer, repeat, spread, up,
 )  # fmt: skip
 
 WORTH = {"bfloat16": 1.0, "int8": 1.0, "int4": 1 / 16, "sign": -2.0}  # of a product with the bytes in a left tile
@@ -72,7 +72,7 @@ def _step(b: Value, bits: str, q: Value, step: Value, width: Value) -> Value:
         return b.select(second, y, x)
     start, end = b.mul(step, integer(_count(bits))), width
     if bits == "int4":
-        half = b.sdiv(b.add(width, integer(1)), integer(2))
+        half = up(b, width, 2)
         start = b.add(b.mul(pair, integer(64)), b.select(second, half, integer(0)))
         end = b.select(second, width, half)
     return _masked(b, q, start, end, _count(bits))
@@ -90,7 +90,7 @@ def _largest(b: Value, fn: Value, q: Value, width: Value) -> tuple[Value, Value]
         return [b.add(at, integer(MANY)), most, b.fadd(total, b.fpext(x, sums))]
 
     state = [integer(0), ir.Constant(sizes, [0] * MANY), ir.Constant(sums, [0.0] * MANY)]
-    _, most, total = repeat(b, fn, b.sdiv(b.add(width, integer(MANY - 1)), integer(MANY)), state, body)
+    _, most, total = repeat(b, fn, up(b, width, MANY), state, body)
     most = over(b, most, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
     return b.fpext(b.bitcast(most, F32), F64), over(b, total, b.fadd)
 
@@ -134,10 +134,9 @@ def _masked(b: Value, q: Value, start: Value, end: Value, count: int) -> Value:
     """`count` numbers from `start` on, zeros from `end` on."""
     kind, lanes = ir.VectorType(F32, count), ir.VectorType(I32, count)
     left = b.sub(end, start)
-    left = b.trunc(b.select(b.icmp_signed("<", left, integer(count)), left, integer(count)), I32)
+    left = b.trunc(least(b, left, integer(count)), I32)
     mask = b.icmp_signed("<", ir.Constant(lanes, list(range(count))), spread(b, left, count))
-    given = [b.bitcast(b.gep(q, [start]), pointer(kind)), ir.Constant(I32, 4), mask, ir.Constant(kind, [0.0] * count)]
-    return b.call(declared(b, f"llvm.masked.load.v{count}f32.p0", kind, [x.type for x in given]), given)
+    return masked_load(b, b.gep(q, [start]), mask, kind, align=4)
 
 
 def _many(of: Value, bits: str) -> Value:

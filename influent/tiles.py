@@ -18,10 +18,10 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES, TILE_BLOCK, TILE_LINE, TILE_PIECE, TILE_PLANES, TILE_RING, TILE_SPAN, TILE_STEP
 from .llvm import (
-    F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, finished, function, integer, least, loop,
-    pointer, repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end,
+    F64, I1, I8, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, ask, declared, finished, function, integer, least, loop,
+    masked_load, pointer, repeat, spread, tile_load, tile_product, tile_store, tile_zero, tiles_begin, tiles_end, up,
 )  # fmt: skip
-from .tilesums import Sums, masked, weigh
+from .tilesums import Sums, weigh
 
 TILE = TILE_ROWS * TILE_BYTES
 HALVES = TILE_BLOCK // TILE_ROWS
@@ -190,16 +190,16 @@ def copy_rows(b: Value, fn: Value, codes: Value, count: Value, stride: Value, to
         left = b.trunc(b.select(b.icmp_signed("<", left, integer(TILE_BYTES)), left, integer(TILE_BYTES)), I8)
         mask = b.icmp_signed("<", lanes, spread(b, left, TILE_BYTES))
         start = b.bitcast(b.gep(codes, [b.add(b.mul(row, stride), at)]), pointer(BYTES))
-        x = masked(b, start, mask, BYTES, "llvm.masked.load.v64i8.p0", 1)
+        x = masked_load(b, start, mask, BYTES, align=1)
         _put(b, x, b.gep(to, [b.add(b.mul(row, held), at)]))
 
 
 def _score(made: _Loop, rows: _Rows) -> None:
     """wide += the rows' sums: as many steps of a row as right tiles stay in cache, block after block of rows."""
     b, fn, span = made.b, made.fn, TILE_SPAN[made.tiles]
-    blocks = b.sdiv(b.add(rows.count, integer(TILE_BLOCK - 1)), integer(TILE_BLOCK))
+    blocks = up(b, rows.count, TILE_BLOCK)
     some = b.zext(b.icmp_signed(">", blocks, integer(0)), I64)
-    passes = b.mul(some, b.sdiv(b.add(rows.steps, integer(span - 1)), integer(span)))
+    passes = b.mul(some, up(b, rows.steps, span))
     with loop(b, fn, passes) as number:
         start = b.mul(number, integer(span))
         steps = least(b, b.sub(rows.steps, start), integer(span))
@@ -288,15 +288,11 @@ def bits_as_bytes(b: Value, x: Value, plane: int) -> Value:
 def _asking(made: _Loop, source: _Source, state: list[Value]) -> list[Callable[[], None]]:
     """What asks memory, line by line, for what will be read soon: its answer takes longer than a block."""
     b, (_, block, column, _) = made.b, state
-    fn = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(I8), *[I32] * 3])
     size = TILE_BLOCK * TILE_STEP[made.bits] * made.planes
     start = b.gep(block, [b.select(b.icmp_signed(">", source.size, integer(AHEAD)), source.size, integer(AHEAD))])
     start = b.gep(start, [b.mul(column, integer(size))])
 
-    def one(line: int) -> None:
-        b.call(fn, [b.gep(start, [integer(line)]), *(ir.Constant(I32, x) for x in (0, 2, 1))])
-
-    return [lambda line=line: one(line) for line in range(0, size, TILE_BYTES)]
+    return [lambda line=line: ask(b, b.gep(start, [integer(line)])) for line in range(0, size, TILE_BYTES)]
 
 
 def _multiply(
@@ -328,7 +324,7 @@ def _multiply(
         begins = b.and_(into.begins, b.icmp_signed("==", number, integer(0)))
         return [b.add(number, integer(1)), *state[:5], *_sums(made, rows, into, held, begins).values()]
 
-    pieces = b.sdiv(b.add(steps, integer(piece - 1)), integer(piece))
+    pieces = up(b, steps, piece)
     _, _, *state = repeat(b, fn, pieces, [integer(0), right, *state], part)
     return state
 

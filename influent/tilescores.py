@@ -4,10 +4,12 @@ The sums lie row by row, as tiles have their columns, and scores query by query;
 side by side and are added. This module needs llvmlite, so nothing but compiled.py imports it.
 """
 
-from llvmlite import ir  # pyright: ignore[reportMissingImports]
+from llvmlite import ir  # pyright: ignore[reportMissingImports]  # noqa: I001
 
 from .compiled import TILE_FEW, TILE_PIECES
-from .llvm import F64, I1, I32, I64, Value, declared, finished, function, integer, least, loop, pointer, spread
+from .llvm import (
+    F64, I1, I32, I64, Value, declared, finished, function, integer, least, loop, masked_load, pointer, spread, up,
+)  # fmt: skip
 
 ROWS = 8  # at a time
 NUMBERS, PLACES, MASK = (ir.VectorType(of, ROWS) for of in (F64, I64, I1))
@@ -24,14 +26,14 @@ def fold(tiles: int, columns: int) -> str:
     few, pieces = (TILE_FEW[columns], TILE_PIECES) if tiles == 1 else (columns, 1)  # queries of a group
     lanes = ir.Constant(PLACES, list(range(ROWS)))
     apart_in_sums = ir.Constant(PLACES, [columns * row for row in range(ROWS)])
-    with loop(b, fn, b.sdiv(b.add(rows, integer(ROWS - 1)), integer(ROWS))) as turn:
+    with loop(b, fn, up(b, rows, ROWS)) as turn:
         row = b.mul(turn, integer(ROWS))
         mask = b.icmp_signed("<", lanes, spread(b, least(b, b.sub(rows, row), integer(ROWS)), ROWS))
         with loop(b, fn, queries) as query:
             group, column = b.sdiv(query, integer(few)), b.srem(query, integer(few))
             start = b.add(b.mul(b.add(b.mul(group, rows), row), integer(columns)), column)
             into = b.bitcast(b.gep(scores, [b.add(b.mul(query, apart), row)]), pointer(NUMBERS))
-            found = _loaded(b, into, mask)
+            found = masked_load(b, into, mask, NUMBERS, align=8)
             for piece in range(pieces):
                 at = b.add(spread(b, b.add(start, integer(piece * few)), ROWS), apart_in_sums)
                 found = b.fadd(found, _gathered(b, sums, at, mask))
@@ -46,11 +48,6 @@ def _gathered(b: Value, start: Value, at: Value, mask: Value) -> Value:
     given = [places, ir.Constant(I32, 8), mask, ir.Constant(NUMBERS, [0.0] * ROWS)]
     fn = declared(b, f"llvm.masked.gather.v{ROWS}f64.v{ROWS}p0", NUMBERS, [places.type, I32, MASK, NUMBERS])
     return b.call(fn, given)
-
-
-def _loaded(b: Value, at: Value, mask: Value) -> Value:
-    given = [at, ir.Constant(I32, 8), mask, ir.Constant(NUMBERS, [0.0] * ROWS)]
-    return b.call(declared(b, f"llvm.masked.load.v{ROWS}f64.p0", NUMBERS, [x.type for x in given]), given)
 
 
 def _stored(b: Value, x: Value, at: Value, mask: Value) -> None:

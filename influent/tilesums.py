@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields, replace  # noqa: I001
 from llvmlite import ir  # pyright: ignore[reportMissingImports]
 
 from .compiled import LANES
-from .llvm import F32, F64, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, declared, integer, least, loop, pointer, spread
+from .llvm import (
+    F32, F64, I16, I32, I64, TILE_BYTES, TILE_ROWS, Value, integer, least, loop, masked_load, pointer, spread, up,
+)  # fmt: skip
 
 ZEROS = ir.Constant(ir.VectorType(F64, LANES), [0.0] * LANES)
 
@@ -36,7 +38,7 @@ class Sums:
 def weigh(b: Value, fn: Value, sums: Sums, most: Value, *, bits: str, tiles: int, columns: int) -> Sums:
     """At most so many vectors of sums more."""
     together = LANES // columns  # rows whose sums fill a vector
-    left = b.sub(b.sdiv(b.add(sums.rows, integer(together - 1)), integer(together)), sums.done)
+    left = b.sub(up(b, sums.rows, together), sums.done)
     count = least(b, left, most)
     with loop(b, fn, count) as turn:
         _one(b, sums, b.add(sums.done, turn), bits=bits, tiles=tiles, columns=columns)
@@ -79,15 +81,8 @@ def _scales(b: Value, at: Value, left: Value, together: int) -> Value:
         bits = b.load(b.bitcast(at, pointer(kind)), align=2)
     else:
         mask = b.icmp_signed("<", ir.Constant(lanes, list(range(together))), spread(b, left, together))
-        name = f"llvm.masked.load.v{together}i16.p0"
-        bits = masked(b, b.bitcast(at, pointer(kind)), mask, kind, name, 2)
+        bits = masked_load(b, at, mask, kind, align=2)
     bits = b.shl(b.zext(bits, ir.VectorType(I32, together)), ir.Constant(ir.VectorType(I32, together), [16] * together))
     x = b.fpext(b.bitcast(bits, ir.VectorType(F32, together)), ir.VectorType(F64, together))
     order = [lane * together // LANES for lane in range(LANES)]
     return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, LANES), order))
-
-
-def masked(b: Value, at: Value, mask: Value, kind: Value, name: str, align: int) -> Value:
-    """Numbers from memory where the mask is set, zeros elsewhere, where nothing is read."""
-    given = [at, ir.Constant(I32, align), mask, ir.Constant(kind, [0] * kind.count)]
-    return b.call(declared(b, name, kind, [x.type for x in given]), given)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .artifact import Artifact, digest, kind_of
+from .artifact import Artifact, digest, finished
 from .damping import LOW_RANK, PUBLISHED, Damping, Published
 from .errors import SpecError
 from .fitting import Compute, Health, Solver, block_rows, write_blocks
@@ -80,10 +80,8 @@ def bases(index: RowSource) -> dict[str, Artifact]:
     """The finished fits of low rank by name, those of earlier generations of the index included."""
     earlier = {past["digest"] for past in index.history}
     found = {}
-    for name in index.store.names("curvature/"):
-        path, _, file = name.rpartition("/")
-        folder = index.store.child(path)
-        if file == "manifest.json" and (form := kind_of(folder)) in FORMS:
+    for folder, form in finished(index.store, "curvature/"):
+        if form in FORMS:
             basis = Artifact.open(folder, form)
             if basis.spec["index"] == index.digest:
                 found[f"{form}:{basis.spec['rank']}"] = basis
